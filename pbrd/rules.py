@@ -1,0 +1,231 @@
+"""Policies as rules: what ip-rule(8) shows, and in which order.
+
+A policy `via = ["lte", "fiber"]` is a row of rules that the kernel walks by itself
+
+    11000: from 192.168.1.100 lookup lte
+    11001: from 192.168.1.100 lookup fiber
+    11002: from 192.168.1.100 unreachable
+
+because a lookup in a table without a matching route falls through to the next rule. All rules are
+computed from values; docs/how-it-works.md shows the bands of priorities and why each stands there.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import ip_network
+from itertools import product
+
+from pbrd.objects import MAIN_TABLE, Action, Key, Link, Rule, Standing
+from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Mark, Match, Policy, Uplink
+
+ICMP, ICMPV6 = 1, 58
+
+# Bands of rule priorities, relative to `daemon.rule_priority`.
+PROBES, PROBES_END = 0, 99
+PINS = 100
+OVERRIDES, OVERRIDES_WIDTH = 400, 500
+MAIN_SPECIFIC = 900
+POLICIES, POLICIES_WIDTH = 1000, 19800
+ADDRESSES = 20800
+BOUND = 20900
+DEFAULT, DEFAULT_WIDTH = 21000, 1000
+STRIDES = (100, 50, 20, 10, 5, 2, 1)  # priorities between two policies: the largest that fits its band
+
+
+FALLBACK_ACTION = {
+    Fallback.UNREACHABLE: Action.UNREACHABLE,
+    Fallback.BLACKHOLE: Action.BLACKHOLE,
+    Fallback.PROHIBIT: Action.PROHIBIT,
+}
+
+
+def has_family(uplink: Uplink, family: Family) -> bool:
+    """Say whether `family` may ever leave by `uplink`, going by the config alone."""
+    return uplink.enabled and uplink.gateway_of(family) is not GatewayMode.OFF
+
+
+def keys_of(config: Config, families: Iterable[Family]) -> tuple[Key, ...]:
+    """Return the families of the uplinks that need a gateway, probes and routes."""
+    families = tuple(families)
+    return tuple((u.name, family) for u in config.uplinks for family in families if has_family(u, family))
+
+
+def pin_mark(config: Config, uplink: Uplink) -> Mark:
+    """Return the mark that keeps a live connection on `uplink`: its number from 1 in the mask's bits."""
+    mask = config.daemon.fwmark_mask
+    return Mark((uplink.index + 1) * (mask & -mask), mask)
+
+
+def probe_mark(config: Config) -> Mark:
+    """Return the mark of probes: all bits of the mask."""
+    return Mark(config.daemon.fwmark_mask, config.daemon.fwmark_mask)
+
+
+def ranked(policy: Policy, family: Family, standings: Mapping[Key, Standing]) -> tuple[str, ...]:
+    """Return `via` in the order in which new connections try it: who is not preferred stands behind."""
+
+    def behind(name: str) -> bool:
+        standing = standings.get((name, family))
+        return standing is not None and not standing.preferred
+
+    return tuple(sorted(policy.via, key=behind))
+
+
+def selectors(match: Match, family: Family, interfaces: Iterable[str]) -> tuple[dict[str, object], ...]:
+    """Return the rule selectors that together say `match` in `family`; () if it can't match there.
+
+    Lists mean "any of", so they multiply. `iif = "br-*"` becomes the interfaces that are there now:
+    the kernel's rules know no patterns.
+    """
+    sources = [n for n in match.source if n.version == family.version]
+    destinations = [n for n in match.destination if n.version == family.version]
+    if (match.source and not sources) or (match.destination and not destinations):
+        return ()
+    # Forwarded packets carry the uid of the namespace's owner, so that "user root" would match them all.
+    iifs = ("lo",) if match.user and not match.iif else _interfaces(match.iif, interfaces)
+    if match.iif and not iifs:
+        return ()
+    protos = [ICMPV6 if p == ICMP and family is Family.IPV6 else p for p in match.proto]
+    fields: dict[str, Iterable[object]] = {
+        "source": sources,
+        "destination": destinations,
+        "iif": iifs,
+        "proto": protos,
+        "sport": match.sport,
+        "dport": match.dport,
+        "user": match.user,
+        "fwmark": match.fwmark,
+        "dscp": match.dscp,
+    }
+    used = {name: tuple(values) for name, values in fields.items() if values}
+    return tuple(dict(zip(used, values, strict=True)) for values in product(*used.values()))
+
+
+def _interfaces(patterns: tuple[str, ...], interfaces: Iterable[str]) -> tuple[str, ...]:
+    names = sorted(set(interfaces) - {"lo"})
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        if pattern.endswith("*"):
+            found.update(dict.fromkeys(name for name in names if name.startswith(pattern[:-1])))
+        else:
+            found[pattern] = None
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiler:
+    """What compiling a policy into rules of one family needs to know."""
+
+    config: Config
+    family: Family
+    standings: Mapping[Key, Standing]
+    interfaces: tuple[str, ...]
+
+    def uplink(self, name: str) -> Uplink | None:
+        """Return the uplink if this family may leave by it."""
+        uplink = self.config.uplink(name)
+        return uplink if has_family(uplink, self.family) else None
+
+    def policy(self, policy: Policy, priority: int) -> Iterator[Rule]:
+        """Yield the rules of one policy, from `priority` up: `via` as ranked, then the fallback."""
+        matches = selectors(policy.match, self.family, self.interfaces)
+        for offset, name in enumerate(ranked(policy, self.family, self.standings)):
+            uplink = None if name == MAIN else self.uplink(name)
+            if name == MAIN or uplink is not None:
+                table = uplink.table if uplink else MAIN_TABLE
+                yield from self.rows(matches, priority + offset, Action.LOOKUP, table)
+        behind = priority + len(policy.via)
+        if policy.fallback in FALLBACK_ACTION:
+            yield from self.rows(matches, behind, FALLBACK_ACTION[policy.fallback], 0)
+        elif policy.fallback is Fallback.BEST_EFFORT:
+            for offset, name in enumerate(policy.via):
+                uplink = None if name == MAIN else self.uplink(name)
+                if uplink is not None:
+                    yield from self.rows(matches, behind + offset, Action.LOOKUP, uplink.path_table)
+
+    def rows(
+        self, matches: Iterable[dict[str, object]], priority: int, action: Action, table: int
+    ) -> Iterator[Rule]:
+        for match in matches:
+            yield Rule(self.family, priority, action, table, **match)  # type: ignore[arg-type]  # names are Rule's
+
+
+def stride_of(count: int, width: int) -> int:
+    """Return how many priorities each of `count` policies gets in a band of `width`; 0 if they don't fit."""
+    return next((stride for stride in STRIDES if stride * count <= width), 0)
+
+
+def width_of(policy: Policy) -> int:
+    """Return how many priorities the rules of `policy` take."""
+    fallback = len(policy.via) if policy.fallback is Fallback.BEST_EFFORT else 1
+    return len(policy.via) + fallback
+
+
+def fixed_rules(config: Config, family: Family) -> Iterator[Rule]:
+    """Yield what depends on the config alone: probes, pins, specific routes of main, bound sockets."""
+    base = config.daemon.rule_priority
+    probe = probe_mark(config)
+    for uplink in config.uplinks:
+        if has_family(uplink, family):
+            interface, k = uplink.interface, uplink.index
+            yield Rule(family, base + PROBES + k, table=uplink.path_table, oif=interface, fwmark=probe)
+            yield Rule(family, base + PINS + k + 1, table=uplink.table, fwmark=pin_mark(config, uplink))
+            yield Rule(family, base + BOUND + k, table=uplink.path_table, oif=interface)
+    yield Rule(family, base + PROBES_END, Action.UNREACHABLE, fwmark=probe)
+    yield Rule(family, base + MAIN_SPECIFIC, table=MAIN_TABLE, suppress_prefixlength=0)
+
+
+def address_rules(config: Config, family: Family, links: Mapping[str, Link]) -> Iterator[Rule]:
+    """Yield `from ADDRESS lookup UPLINK` for every address of every uplink."""
+    for uplink in config.uplinks:
+        link = links.get(uplink.interface)
+        if link is None or not has_family(uplink, family):
+            continue
+        priority = config.daemon.rule_priority + ADDRESSES + uplink.index
+        for address in link.addresses:
+            if address.local.version == family.version and not address.local.is_link_local:
+                yield Rule(family, priority, table=uplink.table, source=ip_network(address.local))
+
+
+@lru_cache(maxsize=32)
+def _policy_rules(
+    config: Config,
+    family: Family,
+    standings: tuple[tuple[Key, Standing], ...],
+    interfaces: tuple[str, ...],
+) -> frozenset[Rule]:
+    """Return the rules of all policies. Cached: a failover changes routes and must not pay for these."""
+    compiler = _Compiler(config, family, dict(standings), interfaces)
+    bands = policy_bands(config)
+    return frozenset(rule for policy, first, _ in bands for rule in compiler.policy(policy, first))
+
+
+def policy_rules(
+    config: Config, family: Family, standings: Mapping[Key, Standing], links: Mapping[str, Link]
+) -> frozenset[Rule]:
+    """Return the rules of all policies of one family, for the order that `standings` ask for."""
+    order = tuple(
+        (key, Standing(usable=True, preferred=False))
+        for key, s in sorted(standings.items())
+        if key[1] is family and not s.preferred
+    )
+    patterns = any(pattern.endswith("*") for p in config.policies for pattern in p.match.iif)
+    return _policy_rules(config, family, order, tuple(sorted(links)) if patterns else ())
+
+
+def policy_bands(config: Config) -> Iterator[tuple[Policy, int, int]]:
+    """Yield each policy with its priorities: first, and one past the last."""
+    base = config.daemon.rule_priority
+    overrides = [p for p in config.policies if p.match.override_main]
+    others = [p for p in config.policies if not p.match.override_main]
+    for policies, start, width in (
+        (overrides, OVERRIDES, OVERRIDES_WIDTH),
+        (others, POLICIES, POLICIES_WIDTH),
+    ):
+        stride = stride_of(len(policies), width)
+        for position, policy in enumerate(policies):
+            first = base + start + position * stride
+            yield policy, first, first + stride
+    if config.default is not None:
+        yield config.default, base + DEFAULT, base + DEFAULT + DEFAULT_WIDTH
