@@ -16,14 +16,16 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 # From the bottom up. A module imports from lower layers; modules of one layer import each other only where
 # that layer is in PEERS, and never in a circle. Modules that aren't written yet may be absent.
 PURE = frozenset({
-    "errors", "settings", "values", "document", "config",
-    "health", "objects", "rules", "routing", "ruleset", "plan", "explain", "status",
+    "errors", "settings", "values", "document", "uplinks", "policies", "config",
+    "health", "objects", "rules", "routing", "ruleset", "plan", "explain", "status", "tables",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
-    ("codec", frozenset({"rtnetlink"})),  # bytes to values and back by a library's tables; no I/O either
-    ("shell", frozenset({"kernel", "nftables", "conntrack", "probe", "control", "systemd"}
-                        | {"sysctl", "names", "metrics", "hooks"})),
+    ("codec", frozenset({"rtnetlink", "varlink"})),  # formats on the wire, to values and back; no I/O either
+    ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
+    ("shell", frozenset({
+        "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics", "hooks",
+    })),
     ("lab", frozenset({"lab", "traffic"})),
     ("daemon", frozenset({"daemon"})),
     ("demo", frozenset({"demo"})),
@@ -38,9 +40,9 @@ LOGGING = frozenset({"logging", "structlog", "syslog", "warnings"})
 # What pure modules may import from outside: nothing with a clock, a socket, a file, a process or randomness.
 PURE_IMPORTS = frozenset({
     "__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "datetime", "decimal",
-    "difflib", "enum", "fractions", "functools", "graphlib", "hashlib", "heapq", "ipaddress", "itertools", "json",
-    "math", "msgspec", "operator", "re", "statistics", "string", "struct", "textwrap", "tomllib", "types", "typing",
-    "unicodedata", "zlib",
+    "difflib", "enum", "fractions", "functools", "graphlib", "hashlib", "heapq", "ipaddress", "itertools",
+    "json", "math", "msgspec", "operator", "re", "statistics", "string", "struct", "textwrap", "tomllib",
+    "types", "typing", "unicodedata", "zlib",
 })  # fmt: skip
 EXCEPTIONS = {
     ("settings", "socket"): "the numbers AF_INET and AF_INET6, nothing else",
