@@ -1,0 +1,89 @@
+"""The sysctls of the uplinks' interfaces: read, written, and put back as they were.
+
+What a key was before pbrd first wrote it is kept in the state directory, with the boot it belongs to,
+so that `pbrd flush` restores it even after a crash of the daemon.
+"""
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from pbrd.objects import Sysctl
+from pbrd.settings import Family
+
+ROOT = Path("/proc/sys/net")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def path_of(sysctl: Sysctl) -> Path:
+    """Return where the kernel shows a sysctl; interface names may hold dots, so no sysctl(8) spelling."""
+    return (
+        ROOT / ("ipv6" if sysctl.family is Family.IPV6 else "ipv4") / "conf" / sysctl.interface / sysctl.key
+    )
+
+
+def has_ipv6() -> bool:
+    """Say whether this kernel has IPv6 at all."""
+    return (ROOT / "ipv6").exists()
+
+
+def read(sysctl: Sysctl) -> Sysctl | None:
+    """Return `sysctl` with the value that the kernel has; None if interface or key are not there."""
+    with suppress(OSError, ValueError):
+        return Sysctl(sysctl.family, sysctl.interface, sysctl.key, int(path_of(sysctl).read_text()))
+    return None
+
+
+def rp_filter(interface: str) -> int:
+    """Return the reverse path filter that counts for `interface`: the larger of its own and `all`."""
+    values = [read(Sysctl(Family.IPV4, name, "rp_filter", 0)) for name in ("all", interface)]
+    return max((found.value for found in values if found), default=0)
+
+
+class Originals:
+    """The values before pbrd; `path` is None where none are kept (a plan changes nothing)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, int] = {}
+        self.boot = BOOT_ID.read_text().strip()
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            kept = json.loads(path.read_text())
+            if kept.get("boot") == self.boot:
+                self.values = {str(name): int(value) for name, value in kept["values"].items()}
+
+    def write(self, sysctl: Sysctl) -> None:
+        """Write a sysctl and remember what it was; raises OSError."""
+        path = path_of(sysctl)
+        before = int(path.read_text())
+        if str(path) not in self.values:
+            self.values[str(path)] = before
+            self._save()
+        path.write_text(str(sysctl.value))
+
+    def restore(self) -> list[str]:
+        """Put everything back; return the lines of what changed. Interfaces that are gone are skipped."""
+        changed = []
+        for name, value in self.values.items():
+            with suppress(OSError, ValueError):
+                if int(Path(name).read_text()) != value:
+                    Path(name).write_text(str(value))
+                    changed.append(f"sysctl {'.'.join(Path(name).parts[3:])}={value}")
+        self.values = {}
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+        return changed
+
+    def forget(self, interfaces: Iterable[str]) -> None:
+        """Forget interfaces that are new (they came back with the kernel's defaults)."""
+        gone = {name for name in self.values if Path(name).parts[-2] in set(interfaces)}
+        self.values = {name: value for name, value in self.values.items() if name not in gone}
+
+    def _save(self) -> None:
+        # A lost file costs a sysctl that stays as it is after a flush: no reason to stop routing.
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            draft = self.path.with_suffix(".new")
+            draft.write_text(json.dumps({"boot": self.boot, "values": self.values}))
+            draft.replace(self.path)
