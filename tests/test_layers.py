@@ -17,16 +17,17 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 # that layer is in PEERS, and never in a circle. Modules that aren't written yet may be absent.
 PURE = frozenset({
     "errors", "settings", "values", "document", "uplinks", "policies", "config",
-    "health", "objects", "rules", "routing", "ruleset", "plan", "explain", "status", "tables",
+    "health", "objects", "rules", "routing", "ruleset", "plan", "explain", "status", "tables", "topology",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
     ("codec", frozenset({"rtnetlink", "varlink"})),  # formats on the wire, to values and back; no I/O either
     ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
-        "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics", "hooks",
+        "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
+        "hooks",
     })),
-    ("lab", frozenset({"lab", "traffic"})),
+    ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
     ("daemon", frozenset({"daemon"})),
     ("demo", frozenset({"demo"})),
     ("cli", frozenset({"cli"})),
@@ -47,6 +48,7 @@ PURE_IMPORTS = frozenset({
 EXCEPTIONS = {
     ("settings", "socket"): "the numbers AF_INET and AF_INET6, nothing else",
     ("config", "pathlib"): "`load` reads the files; everything below it takes text",
+    ("policies", "pathlib"): "PurePath, which names files and opens none",
     ("config", "pwd"): "names of users become ids when the config is loaded",
     ("config", "grp"): "names of groups likewise",
 }
