@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 # that layer is in PEERS, and never in a circle. Modules that aren't written yet may be absent.
 PURE = frozenset({
     "errors", "settings", "values", "document", "uplinks", "policies", "config",
-    "health", "objects", "rules", "routing", "ruleset", "plan", "explain", "status", "tables", "topology",
+    "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "explain", "status", "tables", "topology",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
     ("daemon", frozenset({"daemon"})),
-    ("demo", frozenset({"demo"})),
+    ("demo", frozenset({"demo", "watch"})),  # commands that live on for a while
     ("cli", frozenset({"cli"})),
     ("main", frozenset({"__main__"})),
 )  # fmt: skip
