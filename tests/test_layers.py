@@ -16,8 +16,9 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 # From the bottom up. A module imports from lower layers; modules of one layer import each other only where
 # that layer is in PEERS, and never in a circle. Modules that aren't written yet may be absent.
 PURE = frozenset({
-    "errors", "settings", "values", "document", "uplinks", "policies", "config",
-    "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "explain", "status", "tables", "topology",
+    "errors", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
+    "health", "measures", "objects", "rules", "routing", "ruleset", "plan",
+    "explain", "status", "tables", "topology",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
