@@ -1,0 +1,221 @@
+"""What a config may say and should not: what this version does not do yet, and what was hardly meant.
+
+`gaps_of_…` say what is missing as pairs of (key, remark), so that `config` can name file and place;
+`warnings` are lines for people. Everything here judges typed values.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from pbrd.errors import Problem
+from pbrd.settings import (
+    Config,
+    Daemon,
+    Failback,
+    Fallback,
+    Family,
+    GatewayMode,
+    Match,
+    OnStop,
+    Policy,
+    Range,
+    Uplink,
+)
+
+Gap = tuple[str, Callable[[Any], object], str]  # key, whether it is used, the remedy
+
+# What is parsed and not done yet: whoever does it takes the line out.
+DAEMON_GAPS: tuple[Gap, ...] = (
+    ("failback", lambda daemon: daemon.failback is Failback.IMMEDIATE, 'use "graceful"'),
+    ("metrics", lambda daemon: daemon.metrics, "leave it out, and read `pbrd status --json`"),
+)
+UPLINK_GAPS: tuple[Gap, ...] = (
+    ("nat", lambda uplink: uplink.nat, "leave it out, and masquerade by a rule of your own firewall"),
+    ("nat6", lambda uplink: uplink.nat6, "leave it out, and masquerade by a rule of your own firewall"),
+)
+POLICY_GAPS: tuple[Gap, ...] = (
+    (
+        "balance",
+        lambda policy: policy.balance,
+        'name uplinks in order of preference, as in via = ["fiber", "lte"]',
+    ),
+    ("failback", lambda policy: policy.failback is Failback.IMMEDIATE, 'use "graceful"'),
+)
+MATCH_GAPS: tuple[Gap, ...] = (
+    ("group", lambda match: match.group, "use user"),
+    ("mac", lambda match: match.mac, "use from with the address of the client"),
+    ("unit", lambda match: match.unit, "use user with the user that the unit runs as"),
+    ("time", lambda match: match.time, "leave it out"),
+    ("days", lambda match: match.days, "leave it out"),
+    ("from_file", lambda match: match.source_file, "write the prefixes into from"),
+    ("to_file", lambda match: match.destination_file, "write the prefixes into to"),
+    # The kernel refuses it: fib_rule_port_range_valid() in include/net/fib_rules.h.
+    (
+        "sport",
+        lambda match: _holds_last_port(match.sport),
+        "the kernel's rules end at 65534, so end the range there",
+    ),
+    (
+        "dport",
+        lambda match: _holds_last_port(match.dport),
+        "the kernel's rules end at 65534, so end the range there",
+    ),
+)
+
+KILL_SWITCHES = frozenset({Fallback.UNREACHABLE, Fallback.BLACKHOLE, Fallback.PROHIBIT})
+
+
+def _holds_last_port(ranges: Iterable[Range]) -> bool:
+    return any(ports.last == 65535 for ports in ranges)
+
+
+def _gaps(table: Sequence[Gap], thing: object) -> Iterator[tuple[str, str]]:
+    for key, used, remedy in table:
+        if used(thing):
+            what = "port 65535" if key.endswith("port") else key
+            yield key, f"{what} is not supported yet: {remedy}"
+
+
+def gaps_of_daemon(daemon: Daemon) -> tuple[tuple[str, str], ...]:
+    """Return (key, remark) of all in `[daemon]` that is not done yet."""
+    return tuple(_gaps(DAEMON_GAPS, daemon))
+
+
+def gaps_of_uplink(uplink: Uplink) -> tuple[tuple[str, str], ...]:
+    """Return (key, remark) of all in an uplink's section that is not done yet."""
+    return tuple(_gaps(UPLINK_GAPS, uplink))
+
+
+def gaps_of_policy(policy: Policy) -> tuple[tuple[str, str], ...]:
+    """Return (key, remark) of all in a policy, but for its match, that is not done yet."""
+    return tuple(_gaps(POLICY_GAPS, policy))
+
+
+def gaps_of_match(match: Match) -> tuple[tuple[str, str], ...]:
+    """Return (key, remark) of all in a match that is not done yet."""
+    return tuple(_gaps(MATCH_GAPS, match))
+
+
+def unsupported(config: Config) -> tuple[Problem, ...]:
+    """Return a problem for each thing that the config says and this version does not do yet.
+
+    A `Config` no longer knows its files, so policies are placed by name; `config.load` reports the files too.
+    """
+    found = [(f"daemon.{key}", remark) for key, remark in gaps_of_daemon(config.daemon)]
+    for uplink in config.uplinks:
+        found += [(f"uplinks.{uplink.name}.{key}", remark) for key, remark in gaps_of_uplink(uplink)]
+    for policy in config.all_policies:
+        place = _place(policy)
+        found += [(f"{place}.{key}", remark) for key, remark in gaps_of_policy(policy)]
+        found += [(f"{place}.match.{key}", remark) for key, remark in gaps_of_match(policy.match)]
+    return tuple(Problem("", place, remark) for place, remark in found)
+
+
+def _place(policy: Policy) -> str:
+    return "default" if policy.name == "default" else f"policies.{policy.name}"
+
+
+def warnings(config: Config) -> tuple[str, ...]:
+    """Return a line for each thing that is legal and was probably not meant."""
+    return (
+        *_idle(config),
+        *_open_kill_switches(config),
+        *_unprobed_families(config),
+        *_capped_quorums(config),
+        *_shadowed(config),
+    )
+
+
+def _idle(config: Config) -> Iterator[str]:
+    if not any(uplink.enabled for uplink in config.uplinks):
+        yield "uplinks: none is enabled, so nothing is routed; describe one in [uplinks.NAME]"
+    elif not config.all_policies:
+        yield "policies: there are none, so nothing fails over; add [[policies]] or [default]"
+
+
+def _open_kill_switches(config: Config) -> Iterator[str]:
+    if config.daemon.on_stop is OnStop.FLUSH:
+        for policy in config.all_policies:
+            if policy.fallback in KILL_SWITCHES:
+                place = _place(policy)
+                yield f'daemon.on_stop: "flush" opens the kill switch of {place} at every stop; use "keep"'
+
+
+def _probed(config: Config) -> Iterator[tuple[Uplink, Family, int]]:
+    """Yield each enabled uplink and family that exists there, with its number of targets."""
+    for uplink in config.uplinks:
+        for family in Family:
+            if uplink.enabled and uplink.gateway_of(family) is not GatewayMode.OFF:
+                yield uplink, family, len(uplink.probe.targets_of(family))
+
+
+def _unprobed_families(config: Config) -> Iterator[str]:
+    for family in Family:
+        names = [f'"{uplink.name}"' for uplink, of, number in _probed(config) if of is family and not number]
+        if names:
+            key = "gateway" if family is Family.IPV4 else "gateway6"
+            yield (
+                f"probe.targets: none is IPv{family.version}, so {', '.join(names)} are judged by link and "
+                f'gateway alone there; name one, or set {key} = "off"'
+            )
+
+
+def _capped_quorums(config: Config) -> Iterator[str]:
+    for uplink, family, number in _probed(config):
+        if 0 < number < uplink.probe.quorum:
+            yield (
+                f"uplinks.{uplink.name}.probe.quorum: {uplink.probe.quorum} is capped at {number} for "
+                f"IPv{family.version}, which has no more targets; name more"
+            )
+
+
+def _shadowed(config: Config) -> Iterator[str]:
+    # Rules of policies with override_main come before all others.
+    order = sorted(config.policies, key=lambda policy: not policy.match.override_main)
+    for index, later in enumerate(order):
+        for earlier in order[:index]:
+            if _decides(earlier, later) and _covers(earlier.match, later.match):
+                other = _place(earlier)
+                yield f"{_place(later)}: never decides, as {other} matches the same before it; move it up"
+                break
+
+
+def _decides(earlier: Policy, later: Policy) -> bool:
+    """Tell whether nothing that `earlier` matches is left for `later`, even with every uplink down."""
+    if earlier.fallback in KILL_SWITCHES:
+        return True
+    # What goes on from `earlier` finds its uplinks unusable, so `later` must have more to offer.
+    names = {name for name, _ in earlier.balance} | set(earlier.via)
+    return later.fallback is Fallback.NEXT and ({name for name, _ in later.balance} | set(later.via)) <= names
+
+
+def _covers(wide: Match, narrow: Match) -> bool:
+    """Tell whether all that `narrow` matches is sure to match `wide`, in the simple cases."""
+    return all(
+        not outer or (inner and all(any(holds(a, b) for a in outer) for b in inner))
+        for outer, inner, holds in (
+            (wide.source, narrow.source, _holds_network),
+            (wide.destination, narrow.destination, _holds_network),
+            (wide.iif, narrow.iif, _holds_interface),
+            (wide.sport, narrow.sport, _holds_range),
+            (wide.dport, narrow.dport, _holds_range),
+            (wide.user, narrow.user, _holds_range),
+            (wide.group, narrow.group, _holds_range),
+            *(
+                (getattr(wide, key), getattr(narrow, key), lambda a, b: a == b)
+                for key in ("proto", "fwmark", "dscp", "mac", "unit", "time", "days")
+            ),
+        )
+    )
+
+
+def _holds_network(outer: Any, inner: Any) -> bool:
+    return outer.version == inner.version and bool(inner.subnet_of(outer))
+
+
+def _holds_interface(outer: str, inner: str) -> bool:
+    return outer == inner or (outer.endswith("*") and inner.startswith(outer[:-1]))
+
+
+def _holds_range(outer: Range, inner: Range) -> bool:
+    return outer.first <= inner.first and inner.last <= outer.last
