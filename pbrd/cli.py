@@ -1,0 +1,290 @@
+"""The command `pbrd`: what is asked on a command line, handed on and shown.
+
+`pbrd status` is run by scripts every few seconds, so each command imports what it needs when it runs.
+Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 no daemon is running, 4 there is something to look at
+(`plan`: changes, `status`: an uplink down or a policy in fallback), 78 the config is invalid (EX_CONFIG).
+"""
+# ruff: noqa: PLC0415 - imports inside functions are what keeps `pbrd status` fast
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from pbrd import __version__
+from pbrd.client import call
+from pbrd.errors import ConfigError, NotRunning, PbrdError
+from pbrd.varlink import ConfigInvalid, PermissionDenied
+
+DONE, FAILED, USAGE, NOT_RUNNING, ATTENTION, CONFIG = 0, 1, 2, 3, 4, 78
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal, as a shell has it
+
+CONFIG_FILE = "/etc/pbrd/pbrd.toml"
+LONG = 120.0  # seconds that a reload or a flush may take
+CAP_NET_ADMIN = 12  # bit, linux/capability.h
+
+Arguments = argparse.Namespace
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that isn't UTF-8 gets question marks
+    parsed = parser().parse_args(arguments)
+    command: Callable[[Arguments], int] = parsed.command
+    try:
+        code = command(parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except PbrdError as error:
+        return _complain(error, parsed.name)
+    return code
+
+
+def _complain(error: PbrdError, command: str) -> int:
+    """Say on standard error what went wrong and return its exit code."""
+    if isinstance(error, ConfigError | ConfigInvalid):
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return CONFIG
+    text = str(error)
+    if isinstance(error, PermissionDenied):
+        text = f"cannot {command}: only root may (try: sudo pbrd {command})"
+    print(f"pbrd: {text}", file=sys.stderr)
+    return NOT_RUNNING if isinstance(error, NotRunning) else FAILED
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="pbrd",
+        description="Policy based routing that fails over and heals by itself.",
+        epilog="example:\n  pbrd check && sudo pbrd reload && pbrd status",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"pbrd {__version__}")
+    _add_runtime_dir(top, _directory("RUNTIME_DIRECTORY", "/run/pbrd"))
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="name", required=True)
+    for add in (_add_run, _add_check, _add_plan, _add_status, _add_reload, _add_flush, _add_demo):
+        add(commands)
+    return top
+
+
+def _directory(variable: str, default: str) -> str:
+    """Return the first directory that systemd names in `variable`."""
+    return os.environ.get(variable, "").partition(":")[0] or default
+
+
+def _add_runtime_dir(to: argparse.ArgumentParser, default: str) -> None:
+    to.add_argument(
+        "--runtime-dir",
+        metavar="DIR",
+        default=default,
+        help="where the daemon keeps its socket (default: $RUNTIME_DIRECTORY, else /run/pbrd)",
+    )
+
+
+def _add(
+    commands: Commands, name: str, command: Callable[[Arguments], int], about: str, example: str
+) -> argparse.ArgumentParser:
+    """Add one command; `--runtime-dir` may follow it, too, and then counts."""
+    added: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_runtime_dir(added, argparse.SUPPRESS)
+    added.set_defaults(command=command)
+    return added
+
+
+def _add_run(commands: Commands) -> None:
+    added = _add(
+        commands, "run", run, "run the daemon in the foreground", "sudo pbrd run --config ./pbrd.toml"
+    )
+    added.add_argument("--config", metavar="FILE", default=CONFIG_FILE, help=f"(default: {CONFIG_FILE})")
+    added.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        default=_directory("STATE_DIRECTORY", "/var/lib/pbrd"),
+        help="what must survive a reboot (default: $STATE_DIRECTORY, else /var/lib/pbrd)",
+    )
+
+
+def _add_check(commands: Commands) -> None:
+    about = "judge a config without touching anything"
+    added = _add(commands, "check", check, about, "pbrd check /etc/pbrd/pbrd.toml")
+    added.add_argument("file", metavar="FILE", nargs="?", help=f"(default: {CONFIG_FILE})")
+    added.add_argument("--config", metavar="FILE", help="the same, as the other commands have it")
+
+
+def _add_plan(commands: Commands) -> None:
+    about = "show what would change in the kernel now, in the words of ip and nft; changes nothing"
+    added = _add(
+        commands, "plan", plan, about, "sudo pbrd plan --config ./new.toml; test $? = 4 && echo changes"
+    )
+    added.add_argument(
+        "--config", metavar="FILE", help=f"(default: that of the running daemon, else {CONFIG_FILE})"
+    )
+
+
+def _add_status(commands: Commands) -> None:
+    about = "show uplinks, policies and where each goes now, why and since when"
+    added = _add(commands, "status", status, about, "pbrd status --json | jq -r '.policies[].active'")
+    added.add_argument("--json", action="store_true", help="the whole document; with --watch one a line")
+    added.add_argument("--watch", action="store_true", help="again every second, with round-trip history")
+
+
+def _add_reload(commands: Commands) -> None:
+    about = "make the daemon read its config again, wait, and show what changed"
+    _add(commands, "reload", reload, about, "pbrd check && sudo pbrd reload")
+
+
+def _add_flush(commands: Commands) -> None:
+    about = "remove all that pbrd put into the kernel, and nothing else"
+    added = _add(commands, "flush", flush, about, "sudo systemctl stop pbrd && sudo pbrd flush")
+    added.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        default=_directory("STATE_DIRECTORY", "/var/lib/pbrd"),
+        help="where the daemon wrote down what to put back (default: $STATE_DIRECTORY, else /var/lib/pbrd)",
+    )
+
+
+def _add_demo(commands: Commands) -> None:
+    about = "break a fiber in a lab of network namespaces, and watch failover and healing"
+    added = _add(commands, "demo", demo, about, "sudo pbrd demo --keep")
+    added.add_argument("--keep", action="store_true", help="leave the lab up to play with")
+
+
+def run(arguments: Arguments) -> int:
+    """`pbrd run`."""
+    _need_net_admin("run the daemon")
+    from pathlib import Path
+
+    from pbrd.daemon import main as daemon
+
+    code: int = daemon(Path(arguments.config), Path(arguments.runtime_dir), Path(arguments.state_dir))
+    return code
+
+
+def check(arguments: Arguments) -> int:
+    """`pbrd check`: warnings and problems go to standard error, the summary to standard output."""
+    if arguments.file and arguments.config and arguments.file != arguments.config:
+        print("pbrd check: FILE and --config name two files; one will do", file=sys.stderr)
+        return USAGE
+    from pathlib import Path
+
+    from pbrd.config import load, warnings
+
+    file = arguments.file or arguments.config or CONFIG_FILE
+    config = load(Path(file))
+    for warning in warnings(config):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{file}: {_count(len(config.uplinks), 'uplink')}, {_count(len(config.policies), 'policy')}")
+    return DONE
+
+
+def plan(arguments: Arguments) -> int:
+    """`pbrd plan`: asks the daemon, or without one works out what its start would do."""
+    parameters = {"config": os.path.abspath(arguments.config)} if arguments.config else {}
+    try:
+        steps = call(arguments.runtime_dir, "Plan", parameters, timeout=LONG)["steps"]
+    except NotRunning:
+        _need_net_admin("plan without a running daemon")
+        from pathlib import Path
+
+        from pbrd.daemon import offline_plan
+
+        steps = offline_plan(Path(arguments.config or CONFIG_FILE))
+    return ATTENTION if _print_lines(steps, "nothing to change") else DONE
+
+
+def status(arguments: Arguments) -> int:
+    """`pbrd status`."""
+    if arguments.watch:
+        from pbrd.watch import watch
+
+        return watch(arguments.runtime_dir, as_json=arguments.json, colour=in_colour())
+    document = call(arguments.runtime_dir, "Status")
+    from pbrd.tables import exit_code, table
+
+    if arguments.json:
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        from datetime import datetime
+
+        print(table(document, datetime.now().astimezone(), colour=in_colour()))
+    return exit_code(document)
+
+
+def reload(arguments: Arguments) -> int:
+    """`pbrd reload`: a refused config is told by its problems and 78; the running one stays."""
+    _print_lines(call(arguments.runtime_dir, "Reload", timeout=LONG)["changed"], "nothing changed")
+    return DONE
+
+
+def flush(arguments: Arguments) -> int:
+    """`pbrd flush`: a running daemon does it itself, and stays away."""
+    try:
+        removed = call(arguments.runtime_dir, "Flush", timeout=LONG)["removed"]
+    except NotRunning:
+        _need_net_admin("flush")
+        from pathlib import Path
+
+        from pbrd.daemon import offline_flush
+
+        removed = offline_flush(Path(arguments.state_dir))
+    else:
+        print("the daemon is paused until `pbrd reload`", file=sys.stderr)
+    _print_lines(removed, "nothing to remove")
+    return DONE
+
+
+def demo(arguments: Arguments) -> int:
+    """`pbrd demo`."""
+    from pbrd.demo import main as show
+
+    code: int = show(keep=arguments.keep)
+    return code
+
+
+def in_colour() -> bool:
+    """Say whether standard output is a terminal that wants colours (https://no-color.org)."""
+    environment = os.environ
+    return sys.stdout.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
+
+
+def _print_lines(lines: Sequence[str], otherwise: str) -> bool:
+    """Print `lines`, or `otherwise` if there are none; say whether there were any."""
+    for line in lines or (otherwise,):
+        print(line)
+    return bool(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    """Return "1 policy", "2 policies", "3 uplinks"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def _need_net_admin(what: str) -> None:
+    """Raise PbrdError unless this process may change the network: root, or CAP_NET_ADMIN in hand."""
+    if os.geteuid() == 0:
+        return
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next((line.split()[1] for line in file if line.startswith("CapEff:")), "0")
+    if not int(effective, 16) >> CAP_NET_ADMIN & 1:
+        raise PbrdError(f"cannot {what}: only root may (try sudo)")

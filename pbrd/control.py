@@ -1,0 +1,289 @@
+"""The control socket: a Varlink server that no client can use to stall the daemon's loop.
+
+Who may ask: the mode of the socket file (0660 root:pbrd; 0600 without such a group) lets root and the
+group read; what changes something is for root alone, judged by SO_PEERCRED (unix(7)).
+
+What holds a hostile client: a message has at most `MESSAGE_LIMIT` bytes and must be complete within
+`IDLE` seconds; there are at most `CLIENTS` of them, the last few places kept for root; a client has one
+call in work and one answer on its way, which it must take within `TAKE` seconds; calls of all clients
+together begin no faster than one every `PACE` seconds, so that between two of them the loop has a turn.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import grp
+import inspect
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pbrd import __version__, varlink
+from pbrd.errors import ConfigError, ControlError, PbrdError
+from pbrd.varlink import INTERFACE, SERVICE, CallError, Object
+
+MESSAGE_LIMIT = 1 << 16  # bytes
+CLIENTS = 32
+BACKLOG = 128
+FOR_ROOT = 8  # of the CLIENTS: places that only root gets
+IDLE = 30.0
+TAKE = 5.0
+PACE = 0.001
+GROUP = "pbrd"
+RETRY_ACCEPT = 0.5  # seconds, when the process has no file descriptor left
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """What answers a method: parameters → parameters of the answer, at once or later.
+
+    It may raise ConfigError (the client gets its problems), CallError or any PbrdError (a message).
+    """
+
+    call: Callable[[Object], Object | Awaitable[Object]]
+    changes: bool = False  # only root may call it
+    root_parameters: frozenset[str] = field(default_factory=frozenset)  # only root may give these
+
+
+def description(interface: str) -> str:
+    """Return the Varlink description of an interface of ours; raises InterfaceNotFound."""
+    if interface not in (INTERFACE, SERVICE):
+        raise varlink.InterfaceNotFound(interface)
+    return Path(__file__).with_name(f"{interface}.varlink").read_text(encoding="utf-8")
+
+
+def lock(path: Path) -> int:
+    """Take the lock of a runtime directory: return the file descriptor that holds it, or raise ControlError.
+
+    The file is never removed: a third daemon could then lock a new file of the same name.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        pid = os.read(fd, 20).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise ControlError(
+            f"another pbrd already runs with this runtime dir (pid {pid}): {path.parent}"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def _listen(path: Path) -> socket.socket:
+    """Return a socket that listens at `path`; whoever may not connect never could, not even for a moment."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        path.unlink(missing_ok=True)  # of a dead daemon: we hold the lock
+        sock.bind(str(path))
+        path.chmod(0o600)  # before listen(2), connect(2) is refused
+        with contextlib.suppress(KeyError, PermissionError):
+            os.chown(path, -1, grp.getgrnam(GROUP).gr_gid)
+            path.chmod(0o660)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ControlError(f"cannot listen at {path}: {error.strerror or error}") from None
+    return sock
+
+
+def _peer_is_root(sock: socket.socket) -> bool:
+    """Say whether the other end was root when it connected, or whoever the daemon itself runs as."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    uid: int = struct.unpack("3i", credentials)[1]
+    return uid in (0, os.geteuid())
+
+
+class Server:
+    """Serves `handlers`, one for each method that the description of io.pbrd.Daemon declares.
+
+    `failed` is told of an exception that a handler should not have raised.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        handlers: Mapping[str, Handler],
+        failed: Callable[[str, Exception], None] = lambda _method, _error: None,
+    ) -> None:
+        self._path = path
+        self._declared = varlink.methods(description(INTERFACE))
+        if self._declared.keys() != handlers.keys():
+            raise ValueError(
+                f"handlers {sorted(handlers)} are not the methods declared {sorted(self._declared)}"
+            )
+        self._handlers = handlers
+        self._failed = failed
+        self._lock: int | None = None
+        self._socket: socket.socket | None = None
+        self._file: tuple[int, int] | None = None  # device and inode of our socket file
+        self._clients = 0
+        self._next_call = 0.0
+
+    def open(self) -> None:
+        """Take the runtime directory and listen; raises ControlError if another daemon has it.
+
+        Meant to be called before anything touches the kernel; clients wait until `run`.
+        """
+        if self._socket is not None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self._path.with_suffix(".pid"))
+        except OSError as error:
+            raise ControlError(f"cannot use {self._path.parent}: {error.strerror}") from None
+        try:
+            self._socket = _listen(self._path)
+            stat = self._path.stat()
+            self._file = stat.st_dev, stat.st_ino
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop listening, remove the socket file if it is still ours, and let go of the lock."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+            with contextlib.suppress(OSError):
+                stat = self._path.stat()
+                if (stat.st_dev, stat.st_ino) == self._file:
+                    self._path.unlink()
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)
+            os.close(self._lock)
+            self._lock = None
+
+    async def run(self) -> None:
+        """Serve until cancelled; opens first if that was not done."""
+        self.open()
+        assert self._socket is not None  # noqa: S101 - for mypy
+        try:
+            async with asyncio.TaskGroup() as group:
+                await self._accept(self._socket, group)
+        finally:
+            self.close()
+
+    async def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError:  # EMFILE, ENFILE, ENOMEM; the client waits in the backlog
+                await asyncio.sleep(RETRY_ACCEPT)
+                continue
+            root = _peer_is_root(sock)
+            if self._clients >= (CLIENTS if root else CLIENTS - FOR_ROOT):
+                with contextlib.suppress(OSError), sock:
+                    sock.send(varlink.error_reply(varlink.Busy()))  # fits into an empty buffer: never blocks
+            else:
+                self._clients += 1
+                group.create_task(self._serve(sock, root))
+            await asyncio.sleep(PACE)  # sock_accept does not yield while somebody waits
+
+    async def _serve(self, sock: socket.socket, root: bool) -> None:
+        """Answer one client, call by call, until it leaves or misbehaves."""
+        loop = asyncio.get_running_loop()
+        buffer = bytearray()
+        try:
+            with sock:
+                going_on = True
+                while going_on:
+                    async with asyncio.timeout(IDLE):
+                        message = await _receive(sock, buffer)
+                    if message is None:
+                        return
+                    await self._turn()
+                    answer, going_on = await self._answer(message, root)
+                    async with asyncio.timeout(TAKE):
+                        await loop.sock_sendall(sock, answer)
+        except OSError:  # TimeoutError is one: the client's trouble, and nobody else's
+            return
+        finally:
+            self._clients -= 1
+
+    async def _turn(self) -> None:
+        """Wait for the next free place in the row of calls, which begin `PACE` apart."""
+        now = asyncio.get_running_loop().time()
+        turn = max(now, self._next_call)
+        self._next_call = turn + PACE
+        await asyncio.sleep(turn - now)
+
+    async def _answer(self, message: bytes, root: bool) -> tuple[bytes, bool]:
+        """Return the answer (empty to a oneway call), and whether the connection goes on."""
+        if len(message) > MESSAGE_LIMIT:
+            long = varlink.BadMessage(f"the message is longer than {MESSAGE_LIMIT} bytes")
+            return varlink.error_reply(long), False
+        try:
+            request = varlink.request(message)
+        except CallError as error:
+            return varlink.error_reply(error), False
+        try:
+            answer = varlink.reply(await self._dispatch(request, root))
+        except CallError as error:
+            answer = varlink.error_reply(error)
+        except ConfigError as error:
+            problems = tuple(str(problem) for problem in error.problems)
+            answer = varlink.error_reply(varlink.ConfigInvalid(problems))
+        except PbrdError as error:
+            answer = varlink.error_reply(varlink.Failed(str(error)))
+        except Exception as error:  # noqa: BLE001 - top of the client's task: one bad handler must not end the daemon
+            self._failed(request.method, error)
+            answer = varlink.error_reply(varlink.Failed(f"internal error, see the log: {error!r}"))
+        return b"" if request.oneway else answer, True
+
+    async def _dispatch(self, request: varlink.Request, root: bool) -> Object:
+        interface, _, method = request.method.rpartition(".")
+        if interface == SERVICE:
+            return _describe_service(method, request)
+        if interface != INTERFACE:
+            raise varlink.InterfaceNotFound(interface)
+        if method not in self._handlers:
+            raise varlink.MethodNotFound(request.method)
+        handler = self._handlers[method]
+        parameters = varlink.check(self._declared[method], request.parameters)
+        if not root and (handler.changes or handler.root_parameters & parameters.keys()):
+            raise varlink.PermissionDenied
+        answer = handler.call(parameters)
+        return await answer if inspect.isawaitable(answer) else answer
+
+
+async def _receive(sock: socket.socket, buffer: bytearray) -> bytes | None:
+    """Take the next message out of `buffer`, filled from `sock`; None at its end.
+
+    A message above MESSAGE_LIMIT is returned cut off, just long enough to be recognised.
+    """
+    loop = asyncio.get_running_loop()
+    searched = 0
+    while (end := buffer.find(b"\0", searched)) < 0:
+        searched = len(buffer)
+        if searched > MESSAGE_LIMIT:
+            return bytes(buffer)
+        chunk = await loop.sock_recv(sock, MESSAGE_LIMIT + 1)
+        if not chunk:
+            return None
+        buffer += chunk
+    message = bytes(buffer[:end])
+    del buffer[: end + 1]
+    return message
+
+
+def _describe_service(method: str, request: varlink.Request) -> Object:
+    """Answer a method of org.varlink.service."""
+    declared = varlink.methods(description(SERVICE))
+    if method not in declared:
+        raise varlink.MethodNotFound(request.method)
+    parameters = varlink.check(declared[method], request.parameters)
+    if method == "GetInterfaceDescription":
+        return {"description": description(parameters["interface"])}
+    return {
+        "vendor": "pbrd",
+        "product": "pbrd",
+        "version": __version__,
+        "url": "man:pbrd(8)",
+        "interfaces": [SERVICE, INTERFACE],
+    }
