@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 PURE = frozenset({
     "errors", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
     "health", "measures", "objects", "rules", "routing", "ruleset", "plan",
-    "explain", "status", "tables", "topology",
+    "explain", "status", "snapshot", "events", "tables", "topology",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
-        "hooks",
+        "hooks", "log",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
     ("daemon", frozenset({"daemon"})),
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
 )  # fmt: skip
 PEERS = frozenset({"pure", "lab"})  # shells don't know each other: `daemon` connects them
 
-MAY_LOG = frozenset({"daemon", "cli", "demo", "lab"})
+MAY_LOG = frozenset({"log", "daemon", "cli", "demo", "lab"})
 LOGGING = frozenset({"logging", "structlog", "syslog", "warnings"})
 
 # What pure modules may import from outside: nothing with a clock, a socket, a file, a process or randomness.
