@@ -229,3 +229,8 @@ def policy_bands(config: Config) -> Iterator[tuple[Policy, int, int]]:
             yield policy, first, first + stride
     if config.default is not None:
         yield config.default, base + DEFAULT, base + DEFAULT + DEFAULT_WIDTH
+
+
+def policy_families(match: Match) -> tuple[Family, ...]:
+    """Return the families in which `match` can match at all."""
+    return tuple(family for family in Family if selectors(match, family, [p[:-1] for p in match.iif]))

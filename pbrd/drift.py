@@ -1,0 +1,69 @@
+"""Repairs of what somebody else changed: counted, limited, and told in one line for each burst."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pbrd.plan import Plan
+
+BURST = 100  # repairs at full speed: a restart of systemd-networkd takes up to a handful
+REFILL = 2.0  # repairs a second in an endless fight
+QUIET = 1.0  # seconds without a repair that end a burst
+
+
+class Drift:
+    """The ledger of repairs. `wake` is called when a repair that had to wait may go on."""
+
+    def __init__(self, wake: Callable[[], None], log: Any) -> None:
+        self.wake, self.log = wake, log
+        self.repairs = 0
+        self.credit = float(BURST)
+        self.counted = time.monotonic()
+        self.burst: list[str] = []
+        self.timer: asyncio.TimerHandle | None = None
+        self.fighting = False
+
+    def allows(self, plan: Plan, unchanged: bool, refused: Mapping[str, int]) -> bool:
+        """Say whether `plan` may be applied now. It is a repair if what we want is `unchanged`.
+
+        Steps that the kernel refused before are a retry, not a repair.
+        """
+        lines = [line for line in plan.lines() if line not in refused]
+        if not unchanged or not lines:
+            return True
+        now = time.monotonic()
+        self.credit = min(BURST, self.credit + (now - self.counted) * REFILL)
+        self.counted = now
+        loop = asyncio.get_running_loop()
+        if self.credit < 1:
+            loop.call_later(1 / REFILL, self.wake)
+            self._tell_fight(lines)
+            return False
+        self.credit -= 1
+        self.repairs += 1
+        self.burst += lines
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = loop.call_later(QUIET, self._tell)
+        return True
+
+    def _tell(self) -> None:
+        self.timer, self.fighting = None, False
+        lines, self.burst = self.burst, []
+        self.log.warning(
+            "drift repaired",
+            event_kind="drift-repaired",
+            steps=len(lines),
+            first=lines[0],
+            repairs=self.repairs,
+        )
+
+    def _tell_fight(self, lines: list[str]) -> None:
+        if not self.fighting:
+            self.fighting = True
+            self.log.error(
+                "somebody keeps undoing our changes; repairing twice a second",
+                first=lines[0],
+                repairs=self.repairs,
+            )

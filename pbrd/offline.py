@@ -1,0 +1,64 @@
+"""`pbrd plan` and `pbrd flush` where no daemon runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pbrd import config, names
+from pbrd.errors import ConfigError
+from pbrd.kernel import Kernel
+from pbrd.objects import KernelState, Key, Standing
+from pbrd.plan import diff
+from pbrd.routing import adopted_standings, desired, next_hop
+from pbrd.rules import keys_of
+from pbrd.settings import Config
+from pbrd.sysctl import Originals
+
+SYSCTLS = "sysctls.json"  # in the state directory: the values before pbrd
+
+
+def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]:
+    """Return what a start with the config at `path` would change in the kernel; changes nothing.
+
+    `running` are the standings in a running daemon, for the uplinks that it knows.
+    """
+    fresh = config.load(path)
+    kernel = Kernel(fresh)
+    try:
+        kernel.read()
+        current, links, defaults = kernel.state(), kernel.links, kernel.all_defaults()
+        standings = adopted_standings(fresh, current) | dict(running or {})
+        hops = {}
+        for name, family in keys_of(fresh, kernel.families):
+            uplink = fresh.uplink(name)
+            hops[name, family] = next_hop(uplink, family, links.get(uplink.interface), defaults)
+            standings.setdefault((name, family), Standing(usable=True, preferred=True))
+        return list(diff(current, desired(fresh, kernel.families, links, hops, standings)).lines())
+    finally:
+        kernel.close()
+
+
+def flush(state_dir: Path, path: Path | None = None) -> list[str]:
+    """Remove what a daemon left behind; `path` is its config, if that can still be read."""
+    try:
+        current = config.load(path) if path else Config()
+    except ConfigError:
+        current = Config()
+    kernel = Kernel(current, Originals(state_dir / SYSCTLS))
+    try:
+        return flush_kernel(kernel, current)
+    finally:
+        kernel.close()
+
+
+def flush_kernel(kernel: Kernel, current: Config) -> list[str]:
+    """Remove all that pbrd put into the kernel, and its names; return one line for each thing removed."""
+    kernel.changes.everything = True
+    kernel.read()
+    removal = diff(kernel.state(), KernelState())
+    failed = {id(failure.step) for failure in kernel.apply(removal)}
+    lines = [removal.text(step) for step in removal.steps if id(step) not in failed]
+    if kernel.originals is not None:
+        lines += kernel.originals.restore()
+    names.unregister(current)
+    kernel.read()
+    return lines

@@ -1,0 +1,197 @@
+"""The daemon's facts as the `Snapshot` that people see: the state of uplinks, and where each policy goes.
+
+Pure: monotonic times become wall clock ones by an offset that the caller gives.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pbrd.health import Health, Reason, State
+from pbrd.objects import KernelState, Key, Link
+from pbrd.paths import Paths
+from pbrd.routing import path_fault
+from pbrd.rules import has_family, policy_families, ranked
+from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Policy, Uplink
+from pbrd.status import (
+    FamilyChoice,
+    FamilyStatus,
+    PolicyStatus,
+    ProbeStatus,
+    TargetStatus,
+    UplinkStatus,
+)
+
+# The worse of two states stands further right.
+SEVERITY = (State.UP, State.STARTING, State.RECOVERING, State.DEGRADED, State.DOWN)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """All facts that a snapshot is made of."""
+
+    config: Config
+    families: tuple[Family, ...]
+    links: Mapping[str, Link]
+    paths: Paths
+    state: KernelState
+    clock: float  # wall clock minus monotonic, seconds
+
+
+def iso(seconds: float) -> str:
+    """Return wall clock seconds as ISO 8601 in UTC with milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# --- uplinks ----------------------------------------------------------------------------------
+
+
+def uplinks(view: View, now: float) -> tuple[UplinkStatus, ...]:
+    """Return the status of every uplink, in the order of the config."""
+    return tuple(_uplink(view, uplink, now) for uplink in view.config.uplinks)
+
+
+def _uplink(view: View, uplink: Uplink, now: float) -> UplinkStatus:
+    keys = [(uplink.name, f) for f in view.families if has_family(uplink, f)]
+    present = [key for key in keys if key in view.paths.seen] or keys
+    if not uplink.enabled:
+        state, reason, since, transitions = State.DISABLED, Reason.DISABLED, now, 0
+    else:
+        healths = [view.paths.healths[key] for key in present]
+        state, reason = _together(healths)
+        since = max(health.since for health in healths)
+        transitions = sum(health.transitions for health in healths)
+    return UplinkStatus(
+        uplink.name,
+        uplink.interface,
+        uplink.table,
+        state.value,
+        reason.value,
+        iso(view.clock + since),
+        transitions,
+        _family(view, uplink, Family.IPV4),
+        _family(view, uplink, Family.IPV6),
+        _probe(view, present if uplink.enabled else []),
+    )
+
+
+def _together(healths: list[Health]) -> tuple[State, Reason]:
+    """Sum up the families of an uplink: all alike, or degraded if one is worse than another."""
+    worst = max(healths, key=lambda health: SEVERITY.index(health.state))
+    best = min(healths, key=lambda health: SEVERITY.index(health.state))
+    if worst.state is State.DOWN and best.state is not State.DOWN:
+        return State.DEGRADED, worst.reason
+    return worst.state, worst.reason
+
+
+def _family(view: View, uplink: Uplink, family: Family) -> FamilyStatus | None:
+    key = (uplink.name, family)
+    if key not in view.paths.seen or key not in view.paths.healths:
+        return None
+    hop = view.paths.hops.get(key)
+    installed = any(
+        route.is_default and route.family is family and route.table == uplink.table
+        for route in view.state.routes
+    )
+    gateway = str(hop.gateway) if hop and hop.gateway else _configured(uplink, family)
+    origin = hop.origin if hop else ("config" if gateway else None)
+    return FamilyStatus(gateway, origin, installed, view.paths.healths[key].state.value)
+
+
+def _configured(uplink: Uplink, family: Family) -> str | None:
+    wanted = uplink.gateway_of(family)
+    return None if isinstance(wanted, GatewayMode) else str(wanted)
+
+
+def _probe(view: View, keys: list[Key]) -> ProbeStatus:
+    """Return the measures of an uplink: all its targets, and the figures of its first family that has any."""
+    measures = [view.paths.healths[key].measures() for key in keys]
+    targets = tuple(
+        TargetStatus(str(t.address), t.answering, _ms(t.rtt), _rounded(t.loss))
+        for m in measures
+        for t in m.targets
+    )
+    first = next((m for m in measures if m.targets), None)
+    if first is None:
+        return ProbeStatus()
+    return ProbeStatus(_ms(first.rtt), _ms(first.jitter), _rounded(first.loss), targets)
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1000, 3)
+
+
+def _rounded(ratio: float | None) -> float | None:
+    return None if ratio is None else round(ratio, 4)
+
+
+# --- policies ---------------------------------------------------------------------------------
+
+
+def chosen(view: View, policy: Policy, family: Family) -> str | None:
+    """Return the uplink that new connections of `policy` take now; "main" counts as usable."""
+    standings = view.paths.standings()
+    for name in ranked(policy, family, standings):
+        standing = standings.get((name, family))
+        if name == MAIN or (standing is not None and standing.usable):
+            return name
+    if policy.fallback is Fallback.BEST_EFFORT:
+        return next((name for name in policy.via if _reachable(view, name, family)), None)
+    return None
+
+
+def _reachable(view: View, name: str, family: Family) -> bool:
+    if name == MAIN or (name, family) not in view.paths.hops:
+        return False
+    link = view.links.get(view.config.uplink(name).interface)
+    return path_fault(link, view.paths.hops[name, family]) is None
+
+
+def policies(view: View, before: Mapping[str, PolicyStatus], now: float) -> tuple[PolicyStatus, ...]:
+    """Return the status of every policy. `before` keeps `since` of those that did not change."""
+    found = []
+    for policy in view.config.all_policies:
+        status = _policy(view, policy, iso(view.clock + now))
+        known = before.get(policy.name)
+        if known is not None and (known.active, known.state) == (status.active, status.state):
+            status = _policy(view, policy, known.since)
+        found.append(status)
+    return tuple(found)
+
+
+def _policy(view: View, policy: Policy, since: str) -> PolicyStatus:
+    choices = {family: chosen(view, policy, family) for family in view.families}
+    family = _counting(view, policy)
+    active = choices[family]
+    state, reason = _judged(view, policy, family, active)
+    return PolicyStatus(
+        policy.name,
+        policy.via,
+        active,
+        policy.fallback.value,
+        state,
+        FamilyChoice(choices.get(Family.IPV4), choices.get(Family.IPV6)),
+        reason,
+        since,
+    )
+
+
+def _counting(view: View, policy: Policy) -> Family:
+    """Return the family that a policy's `active` speaks of: the first that it and its uplinks have."""
+    matching = [family for family in view.families if family in policy_families(policy.match)]
+    for family in matching:
+        if MAIN in policy.via or any((name, family) in view.paths.seen for name in policy.via):
+            return family
+    return (matching or list(view.families))[0]
+
+
+def _judged(view: View, policy: Policy, family: Family, active: str | None) -> tuple[str, str]:
+    """Return (state, reason): the reason is why the first choice is not taken."""
+    standing = view.paths.standings().get((active or "", family))
+    if active is None or (active != MAIN and (standing is None or not standing.usable)):
+        return "fallback", f"no uplink is usable: {policy.fallback.value}"
+    if active == policy.via[0]:
+        return "preferred", "ok"
+    health = view.paths.healths.get((policy.via[0], family))
+    why = f"{health.state.value} ({health.reason.value})" if health else "not there"
+    return "failed-over", f"{policy.via[0]} is {why}"
