@@ -26,7 +26,7 @@ PYTEST := $(BIN)/python -m pytest $(if $(SUDO),-p no:cacheprovider)
 
 # The modules without I/O; tests/test_layers.py holds them to it. Their tests need no root and no namespaces.
 PURE := errors settings values document uplinks policies caveats config health measures objects rules routing \
-    ruleset plan explain status snapshot events tables topology varlink layers docs
+    ruleset plan paths explain status snapshot events tables topology varlink layers docs
 PURE_TESTS = $(wildcard $(foreach module,$(PURE),tests/test_$(module).py tests/test_$(module)_*.py))
 
 PREFIX ?= /usr/local

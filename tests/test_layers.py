@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 # that layer is in PEERS, and never in a circle. Modules that aren't written yet may be absent.
 PURE = frozenset({
     "errors", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
-    "health", "measures", "objects", "rules", "routing", "ruleset", "plan",
+    "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths",
     "explain", "status", "snapshot", "events", "tables", "topology",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -26,10 +26,10 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
-        "hooks", "log",
+        "hooks", "log", "drift",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
-    ("daemon", frozenset({"daemon"})),
+    ("daemon", frozenset({"daemon", "offline"})),
     ("demo", frozenset({"demo", "watch"})),  # commands that live on for a while
     ("cli", frozenset({"cli"})),
     ("main", frozenset({"__main__"})),
