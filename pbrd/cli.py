@@ -114,8 +114,13 @@ def _add_run(commands: Commands) -> None:
     added = _add(
         commands, "run", run, "run the daemon in the foreground", "sudo pbrd run --config ./pbrd.toml"
     )
-    added.add_argument("--config", metavar="FILE", default=CONFIG_FILE, help=f"(default: {CONFIG_FILE})")
-    added.add_argument(
+    _add_daemon_files(added)
+
+
+def _add_daemon_files(to: argparse.ArgumentParser) -> None:
+    """Add where a daemon finds its config and its state."""
+    to.add_argument("--config", metavar="FILE", default=CONFIG_FILE, help=f"(default: {CONFIG_FILE})")
+    to.add_argument(
         "--state-dir",
         metavar="DIR",
         default=_directory("STATE_DIRECTORY", "/var/lib/pbrd"),
@@ -155,12 +160,8 @@ def _add_reload(commands: Commands) -> None:
 def _add_flush(commands: Commands) -> None:
     about = "remove all that pbrd put into the kernel, and nothing else"
     added = _add(commands, "flush", flush, about, "sudo systemctl stop pbrd && sudo pbrd flush")
-    added.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        default=_directory("STATE_DIRECTORY", "/var/lib/pbrd"),
-        help="where the daemon wrote down what to put back (default: $STATE_DIRECTORY, else /var/lib/pbrd)",
-    )
+    added.add_argument("--config", metavar="FILE", default=CONFIG_FILE, help=f"(default: {CONFIG_FILE})")
+    _add_daemon_files(added)
 
 
 def _add_demo(commands: Commands) -> None:
@@ -206,9 +207,9 @@ def plan(arguments: Arguments) -> int:
         _need_net_admin("plan without a running daemon")
         from pathlib import Path
 
-        from pbrd.daemon import offline_plan
+        from pbrd import offline
 
-        steps = offline_plan(Path(arguments.config or CONFIG_FILE))
+        steps = offline.plan(Path(arguments.config or CONFIG_FILE))
     return ATTENTION if _print_lines(steps, "nothing to change") else DONE
 
 
@@ -246,7 +247,7 @@ def flush(arguments: Arguments) -> int:
 
         from pbrd.daemon import offline_flush
 
-        removed = offline_flush(Path(arguments.state_dir))
+        removed = offline_flush(Path(arguments.state_dir), Path(arguments.config))
     else:
         print("the daemon is paused until `pbrd reload`", file=sys.stderr)
     _print_lines(removed, "nothing to remove")

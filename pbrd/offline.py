@@ -10,7 +10,7 @@ from pbrd.objects import KernelState, Key, Standing
 from pbrd.plan import diff
 from pbrd.routing import adopted_standings, desired, next_hop
 from pbrd.rules import keys_of
-from pbrd.settings import Config
+from pbrd.settings import Config, Daemon
 from pbrd.sysctl import Originals
 
 SYSCTLS = "sysctls.json"  # in the state directory: the values before pbrd
@@ -37,12 +37,12 @@ def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]
         kernel.close()
 
 
-def flush(state_dir: Path, path: Path | None = None) -> list[str]:
-    """Remove what a daemon left behind; `path` is its config, if that can still be read."""
+def flush(state_dir: Path, path: Path) -> list[str]:
+    """Remove what a daemon left behind. Names are removed where the config at `path` can still be read."""
     try:
-        current = config.load(path) if path else Config()
+        current = config.load(path)
     except ConfigError:
-        current = Config()
+        current = Config(Daemon(names=""))
     kernel = Kernel(current, Originals(state_dir / SYSCTLS))
     try:
         return flush_kernel(kernel, current)
