@@ -145,13 +145,18 @@ def policy_tables(data: Mapping[str, Any], file: str, report: Report) -> list[Ta
     return tables
 
 
-def read(table: Table, keys: Mapping[str, Parser], report: Report) -> dict[str, Any]:
-    """Return the values of all good keys of `table`; report unknown keys and bad values."""
+def read(
+    table: Table, keys: Mapping[str, Parser], report: Report, tables: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return the values of all good keys of `table`; report unknown keys and bad values.
+
+    `tables` are the keys that are tables of their own, and read by themselves.
+    """
     values: dict[str, Any] = {}
     for key, cell in table.cells.items():
         parse = keys.get(key)
         if parse is None:
-            report.at(table, key, unknown("key", key, (*keys, *table.tables)))
+            report.at(table, key, unknown("key", key, (*keys, *tables)))
             continue
         try:
             values[key] = parse(cell.value)

@@ -10,7 +10,7 @@ from ipaddress import IPv4Address
 from typing import Any
 
 from pbrd import values
-from pbrd.document import Parser, Report, Table, below, between, integer, many, read
+from pbrd.document import SHAPE, Parser, Report, Table, below, between, integer, many, read
 from pbrd.settings import PATH_TABLE_OFFSET, Address, Daemon, Family, GatewayMode, Probe, Uplink
 from pbrd.values import shown
 
@@ -111,7 +111,7 @@ def read_uplinks(root: Table, daemon: Daemon, report: Report) -> tuple[Uplink, .
         return ()
     tables = root.tables["uplinks"].tables
     _judge_number(root, daemon, len(tables), report)
-    found = [read(table, UPLINK, report) for table in tables.values()]
+    found = [read(table, UPLINK, report, tables=SHAPE["uplinks"]["*"]) for table in tables.values()]
     for (name, table), written in zip(tables.items(), found, strict=True):
         _judge_uplink(name, table, written, tables, report)
         own = table.tables.get("probe", Table(below(table.place, "probe"), table.file))

@@ -102,7 +102,7 @@ def duration(value: object) -> float:
     text = string(value, wanted)
     if text == "0":
         return 0.0
-    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|d)", text)
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)(ms|s|m|h|d)", text)
     if not found:
         raise ValueError(f"{shown(value)} is no duration; write {wanted}")
     return float(Decimal(found[1]) * SECONDS[found[2]])
@@ -114,7 +114,7 @@ def size(value: object) -> int:
     text = string(value, wanted)
     if text == "0":
         return 0
-    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMGT]i?B|B)", text)
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)([KMGT]i?B|B)", text)
     if not found:
         raise ValueError(f"{shown(value)} is no size; write {wanted}")
     return int(Decimal(found[1]) * BYTES[found[2]])
