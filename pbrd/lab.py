@@ -115,11 +115,11 @@ class Lab:
             space.sysctl(topology.SYSCTLS | strict)
         self.ip(
             self.router,
-            f"""link set lo up
+            f"""link set dev lo up
             link add index {next(self._indexes)} name lan type veth peer name eth0 netns {self.lan}
             addr add 192.168.100.1/24 dev lan
             addr add fd00:100::1/64 dev lan nodad
-            link set lan up""",
+            link set dev lan up""",
         )
         self.ip(self.lan, topology.lan_config())
         self.ip(self.net, topology.internet_config())
@@ -133,7 +133,7 @@ class Lab:
         uplink = self.uplinks[k]
         self.ip(
             uplink.isp,
-            f"""link set lo up
+            f"""link set dev lo up
             link add name wan type veth peer name isp{k} index {100 + k} netns {self.net}
             {topology.wan_config(uplink, k)}""",
         )
@@ -155,10 +155,10 @@ class Lab:
             # Without ARP the kernel addresses frames to the sender's own MAC: so both ends have the same.
             for space, interface in ((uplink.isp, "gw"), (self.router, uplink.interface)):
                 self.ip(
-                    space, f"link set {interface} arp off addrgenmode none address 02:00:00:00:00:{k:02x}"
+                    space, f"link set dev {interface} arp off addrgenmode none address 02:00:00:00:00:{k:02x}"
                 )
-        self.ip(uplink.isp, "link set gw up\n" + topology.gateway_config(uplink))
-        self.ip(self.router, f"link set {uplink.interface} up\n" + self._interface_config(k))
+        self.ip(uplink.isp, "link set dev gw up\n" + topology.gateway_config(uplink))
+        self.ip(self.router, f"link set dev {uplink.interface} up\n" + self._interface_config(k))
         self.nft(uplink.isp, topology.MUTE_RULES)
         for name in (uplink.isp, self.router):
             self._spaces[name].settle()
@@ -168,7 +168,7 @@ class Lab:
 
     def unplug(self, k: int) -> None:
         """Make the interface of uplink k vanish, as a USB modem does."""
-        self.ip(self.router, f"link del {self.uplinks[k].interface}")
+        self.ip(self.router, f"link del dev {self.uplinks[k].interface}")
 
     # Acting inside
 

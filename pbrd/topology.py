@@ -82,26 +82,26 @@ def completed(uplink: Uplink, k: int, name: str) -> Uplink:
 
 def lan_config() -> str:
     """The LAN client's own lines."""
-    lines = ["link set lo up", *(f"addr add {address}/24 dev eth0" for address in LAN)]
+    lines = ["link set dev lo up", *(f"addr add {address}/24 dev eth0" for address in LAN)]
     for address in LAN6:  # the first is the default source; the others serve who binds to them
         lines.append(
             f"addr add {address}/64 dev eth0 nodad {'' if address == LAN6[0] else 'preferred_lft 0'}"
         )
     gateways = ["route add default via 192.168.100.1", "route add ::/0 via fd00:100::1"]
-    return "\n".join([*lines, "link set eth0 up", *gateways])
+    return "\n".join([*lines, "link set dev eth0 up", *gateways])
 
 
 def internet_config() -> str:
     """The internet's targets."""
     targets = [f"addr add {t}/32 dev lo" for t in TARGETS] + [f"addr add {t}/128 dev lo" for t in TARGETS6]
-    return "\n".join(["link set lo up", *targets])
+    return "\n".join(["link set dev lo up", *targets])
 
 
 def inbound_config(uplink: Uplink, k: int) -> str:
     """The internet's side of the link to provider k: its addresses, and the ways back to the router."""
     n = k + 1
     lines = [f"addr add 100.64.{n}.1/24 dev isp{k}", f"addr add fd64:{n}::1/64 dev isp{k} nodad"]
-    lines.append(f"link set isp{k} up")
+    lines.append(f"link set dev isp{k} up")
     for family, address, _, _ in uplink.families:
         host, via = (f"{address}/32", uplink.wan) if family == 4 else (f"{address}/128", uplink.wan6)
         lines.append(f"route replace {host} via {via}")
@@ -113,7 +113,7 @@ def wan_config(uplink: Uplink, k: int) -> str:
     n = k + 1
     return f"""addr add {uplink.wan}/24 dev wan
         addr add {uplink.wan6}/64 dev wan nodad
-        link set wan up
+        link set dev wan up
         route add default via 100.64.{n}.1
         route add ::/0 via fd64:{n}::1"""
 
