@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
         "hooks", "log", "drift",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
-    ("daemon", frozenset({"daemon", "offline"})),
+    ("offline", frozenset({"offline"})),  # what the daemon does at its start and end, and the CLI without one
+    ("daemon", frozenset({"daemon"})),
     ("demo", frozenset({"demo", "watch"})),  # commands that live on for a while
     ("cli", frozenset({"cli"})),
     ("main", frozenset({"__main__"})),
