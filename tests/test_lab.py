@@ -27,6 +27,14 @@ def namespaces(prefix: str) -> list[str]:
     return [name for name in os.listdir(netns.RUN) if name.startswith(prefix)] if netns.RUN.exists() else []
 
 
+def running(pid: int) -> str:
+    """The command that a process runs; "" if it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        return "" if "State:\tZ" in status else status.split()[1]
+    return ""
+
+
 def send_by(lab: Lab, k: int) -> None:
     """Let the main table of the router prefer uplink k."""
     uplink = lab.uplinks[k]
@@ -294,7 +302,7 @@ def test_nothing_stays_behind_not_even_after_a_failure(make_lab: MakeLab) -> Non
     with contextlib.suppress(ZeroDivisionError), Lab() as lab:
         child = lab.spawn(lab.router, ["sleep", "1000"])
         stranger = subprocess.Popen(["ip", "netns", "exec", lab.lan, "sleep", "1000"])
-        eventually(lambda: "sleep" in Path(f"/proc/{stranger.pid}/comm").read_text())
+        eventually(lambda: running(stranger.pid) == "sleep")
         lab.traffic()
         raise ZeroDivisionError
     assert namespaces(lab.name) == []
@@ -315,10 +323,11 @@ def test_the_lab_of_a_killed_process_is_removed_by_the_next(make_lab: MakeLab) -
         assert dying.stdout
         name, pid = dying.stdout.readline().split()
         assert len(namespaces(name)) == 5
+        eventually(lambda: running(int(pid)) == "sleep")
         dying.kill()
     make_lab()
     assert namespaces(name) == []
-    eventually(lambda: not Path("/proc", pid).exists())
+    eventually(lambda: running(int(pid)) == "")
 
 
 def test_the_host_network_is_left_alone(make_lab: MakeLab) -> None:
