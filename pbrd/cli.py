@@ -160,7 +160,6 @@ def _add_reload(commands: Commands) -> None:
 def _add_flush(commands: Commands) -> None:
     about = "remove all that pbrd put into the kernel, and nothing else"
     added = _add(commands, "flush", flush, about, "sudo systemctl stop pbrd && sudo pbrd flush")
-    added.add_argument("--config", metavar="FILE", default=CONFIG_FILE, help=f"(default: {CONFIG_FILE})")
     _add_daemon_files(added)
 
 
@@ -245,9 +244,9 @@ def flush(arguments: Arguments) -> int:
         _need_net_admin("flush")
         from pathlib import Path
 
-        from pbrd.daemon import offline_flush
+        from pbrd import offline
 
-        removed = offline_flush(Path(arguments.state_dir), Path(arguments.config))
+        removed = offline.flush(Path(arguments.state_dir), Path(arguments.config))
     else:
         print("the daemon is paused until `pbrd reload`", file=sys.stderr)
     _print_lines(removed, "nothing to remove")
@@ -285,7 +284,7 @@ def _need_net_admin(what: str) -> None:
     """Raise PbrdError unless this process may change the network: root, or CAP_NET_ADMIN in hand."""
     if os.geteuid() == 0:
         return
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        effective = next((line.split()[1] for line in file if line.startswith("CapEff:")), "0")
+    with open("/proc/self/status", "rb") as file:
+        effective = next((line.split()[1] for line in file if line.startswith(b"CapEff:")), b"0")
     if not int(effective, 16) >> CAP_NET_ADMIN & 1:
         raise PbrdError(f"cannot {what}: only root may (try sudo)")

@@ -159,14 +159,19 @@ class Server:
             self._lock = None
 
     async def run(self) -> None:
-        """Serve until cancelled; opens first if that was not done."""
+        """Serve until cancelled. If it had to open first it closes, too; else that is for who opened.
+
+        So a daemon can keep the lock until it has put the kernel in order.
+        """
+        ours = self._socket is None
         self.open()
         assert self._socket is not None  # noqa: S101 - for mypy
         try:
             async with asyncio.TaskGroup() as group:
                 await self._accept(self._socket, group)
         finally:
-            self.close()
+            if ours:
+                self.close()
 
     async def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()

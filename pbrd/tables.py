@@ -93,7 +93,7 @@ def _uplink_words(uplink: Document, now: datetime | None) -> str:
     words = f"{uplink.get('name', '-')} {state}"
     rtt = (uplink.get("probe") or {}).get("rtt_ms")
     if state == "up":
-        return words if rtt is None else f"{words} {_milliseconds(rtt)}"
+        return words if rtt is None else f"{words} {rtt:.{0 if rtt >= 10 else 1}f} ms"
     reason = uplink.get("reason", "ok")
     why = "" if reason in ("ok", state) else f" ({reason})"
     return f"{words}{why} since {_clock(uplink.get('since'), now, seconds=False)}"
@@ -166,7 +166,8 @@ def _remarks(document: Document, now: datetime, colour: bool) -> str:
     lines = []
     repairs = document.get("drift_repairs")
     if repairs:
-        lines.append(f"put back {repairs} times what others had changed (pbrd's rules and routes)")
+        times = "once" if repairs == 1 else f"{repairs} times"
+        lines.append(f"put back {times}: rules or routes of pbrd that others had changed")
     reload = document.get("last_reload")
     if reload and not reload.get("ok", True):
         at = _since(reload.get("at"), now)
@@ -237,9 +238,10 @@ def _moment(text: str | None) -> datetime | None:
 def age(seconds: float) -> str:
     """Return a length of time in its two largest units: "3d4h", "2h3m", "5m12s", "7s"; never negative."""
     left = max(0, int(seconds))
-    parts = []
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+    first = next((place for place, (_, size) in enumerate(units) if left >= size), len(units) - 1)
+    text = ""
+    for unit, size in units[first : first + 2]:
         count, left = divmod(left, size)
-        parts.append(f"{count}{unit}" if count else "")
-    first = next((i for i, part in enumerate(parts) if part), len(parts) - 1)
-    return "".join(parts[first : first + 2]) or "0s"
+        text += f"{count}{unit}"
+    return text

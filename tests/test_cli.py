@@ -1,0 +1,436 @@
+"""The command line: what it accepts, prints and returns. A server with made-up answers plays the daemon."""
+
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pbrd import cli, tables
+from pbrd.control import Handler, Server
+from pbrd.errors import ConfigError, KernelError, Problem
+
+COMMANDS = ("run", "check", "plan", "status", "reload", "flush", "demo")
+UPLINK = {
+    "name": "fiber",
+    "interface": "eth0",
+    "state": "up",
+    "reason": "ok",
+    "since": "2026-11-22T17:43:48.723Z",
+}
+PROBE = {
+    "rtt_ms": 11.2,
+    "jitter_ms": 0.4,
+    "loss": 0.0,
+    "targets": [{"address": "1.1.1.1", "answering": True}],
+}
+DOCUMENT = {"version": "0.1.0", "pid": 1, "uplinks": [{**UPLINK, "probe": PROBE}], "policies": []}
+CONFIG = """
+[uplinks.fiber]
+interface = "eth0"
+[[policies]]
+name = "web"
+match = { to = ["192.0.2.0/24"] }
+via = ["fiber"]
+"""
+PROBLEMS = (Problem("a.toml", "uplinks.x", "wrong"), Problem("b.toml", "", "worse"))
+
+
+class Daemon:
+    """What stands in for it: answers that a test can change, in a loop on a thread."""
+
+    def __init__(self, runtime: Path) -> None:
+        self.runtime = runtime
+        self.answers: dict[str, Mapping[str, Any] | Exception] = {
+            "Status": DOCUMENT,
+            "Plan": {"steps": []},
+            "Reload": {"changed": [], "generation": 2},
+            "Flush": {"removed": []},
+        }
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        changing = ("Reload", "Flush")
+        handlers = {name: Handler(self.answering(name), changes=name in changing) for name in self.answers}
+        self.server = Server(runtime / "pbrd.sock", handlers)
+        self.server.open()
+        self.loop = asyncio.new_event_loop()
+        self.running = self.loop.create_task(self.server.run())
+        self.thread = threading.Thread(target=self.turn)
+        self.thread.start()
+
+    def answering(self, name: str) -> Any:
+        def answer(parameters: dict[str, Any]) -> dict[str, Any]:
+            self.asked.append((name, parameters))
+            told = self.answers[name]
+            if isinstance(told, Exception):
+                raise told
+            return dict(told)
+
+        return answer
+
+    def turn(self) -> None:
+        try:
+            self.loop.run_until_complete(self.running)
+        except asyncio.CancelledError:
+            self.loop.close()
+
+    def stop(self) -> None:
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.running.cancel)
+            self.thread.join()
+        self.server.close()
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[Daemon]:
+    daemon = Daemon(tmp_path)
+    yield daemon
+    daemon.stop()
+
+
+def pbrd(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pbrd", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=30, check=False, env=os.environ | environment
+    )
+
+
+# Wrong and right usage
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nope",),
+        ("explain",),
+        ("status", "--nope"),
+        ("status", "--js"),
+        ("check", "a", "b"),
+        ("check", "--what-if"),
+    ],
+)
+def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_the_version() -> None:
+    told = pbrd("--version")
+    assert (told.returncode, told.stdout) == (0, "pbrd 0.1.0\n")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "example:\n  " in text
+    assert f"pbrd {command}" in text.partition("example:")[2]
+    assert "--runtime-dir" in text
+
+
+def test_the_runtime_dir_may_stand_before_or_after_the_command(fake: Daemon) -> None:
+    for arguments in (
+        ("--runtime-dir", fake.runtime, "status"),
+        ("status", "--runtime-dir", fake.runtime),
+        ("--runtime-dir", "/nowhere", "status", "--runtime-dir", fake.runtime),
+    ):
+        assert cli.main([str(argument) for argument in arguments]) == 0
+    assert cli.main(["--runtime-dir", "/nowhere", "status"]) == 3
+
+
+def test_the_runtime_dir_comes_from_systemd_too(fake: Daemon) -> None:
+    assert pbrd("status", RUNTIME_DIRECTORY=f"{fake.runtime}:/run/other").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["status", "reload"])
+def test_no_daemon_is_3(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--runtime-dir", str(tmp_path)]) == 3
+    assert "no daemon is running" in capsys.readouterr().err
+
+
+# status
+
+
+def test_status_shows_a_table(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--runtime-dir", str(fake.runtime)]) == 0
+    shown = capsys.readouterr().out
+    assert "fiber   eth0       up" in shown
+    assert "\x1b" not in shown
+
+
+def test_status_json_is_the_document_of_the_daemon(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", "--json", "--runtime-dir", str(fake.runtime)]) == 0
+    assert capsys.readouterr().out == json.dumps(DOCUMENT, indent=2) + "\n"
+
+
+def test_status_is_4_when_somebody_should_look(fake: Daemon) -> None:
+    fake.answers["Status"] = {"uplinks": [{**UPLINK, "state": "down"}]}
+    assert cli.main(["status", "--runtime-dir", str(fake.runtime)]) == 4
+    assert cli.main(["status", "--json", "--runtime-dir", str(fake.runtime)]) == 4
+
+
+def test_a_broken_pipe_is_quiet(fake: Daemon) -> None:
+    command = f"{sys.executable} -m pbrd status --runtime-dir {fake.runtime} | true; echo ${{PIPESTATUS[0]}}"
+    told = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=30)
+    assert told.stderr == ""
+    assert told.stdout in ("141\n", "0\n")  # 0: it had written all before `true` ended
+
+
+def test_status_works_where_the_terminal_is_not_utf8(fake: Daemon) -> None:
+    told = pbrd("status", "--runtime-dir", fake.runtime, PYTHONIOENCODING="ascii")
+    assert (told.returncode, told.stderr) == (0, "")
+
+
+def test_status_imports_next_to_nothing(fake: Daemon) -> None:
+    code = (
+        "import sys; from pbrd.cli import main; main(sys.argv[1:]); "
+        "print(*(m for m in sys.modules if '.' not in m or m.startswith('pbrd')), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, "status", "--runtime-dir", str(fake.runtime)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    imported = set(told.stderr.split())
+    assert {name for name in imported if name.startswith("pbrd.")} == {
+        "pbrd.cli",
+        "pbrd.client",
+        "pbrd.errors",
+        "pbrd.tables",
+        "pbrd.varlink",
+    }
+    assert not imported & {
+        "asyncio",
+        "pyroute2",
+        "structlog",
+        "rich",
+        "logging",
+        "pathlib",
+        "subprocess",
+        "msgspec",
+    }
+
+
+# status --watch
+
+
+def test_watch_prints_one_status_after_the_other_into_a_pipe(fake: Daemon) -> None:
+    process = watching(fake)
+    lines = [process.stdout.readline() for _ in range(14)]  # type: ignore[union-attr]
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=10)
+    assert (process.returncode, errors) == (0, "")
+    text = "".join(lines) + rest
+    assert text.count("UPLINK") >= 2
+    assert "HISTORY" in text
+    assert "██" in text
+    assert "\x1b" not in text
+
+
+def test_watch_json_is_one_document_a_line(fake: Daemon) -> None:
+    process = watching(fake, "--json")
+    assert process.stdout is not None
+    assert [json.loads(process.stdout.readline()) for _ in range(2)] == [DOCUMENT] * 2
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 0
+
+
+def test_watch_waits_for_a_daemon_that_went_away_but_not_for_one_that_never_was(fake: Daemon) -> None:
+    assert pbrd("status", "--watch", "--runtime-dir", "/nowhere").returncode == 3
+    process = watching(fake, "--json")
+    assert process.stdout is not None
+    process.stdout.readline()
+    fake.stop()
+    while not (told := json.loads(process.stdout.readline())).get("error"):
+        pass
+    assert "waiting" in told["error"]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_watch_draws_in_place_and_leaves_the_terminal_as_it_was(
+    fake: Daemon, number: signal.Signals, code: int
+) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 4, 80, 0, 0))
+    command = [sys.executable, "-m", "pbrd", "status", "--watch", "--runtime-dir", str(fake.runtime)]
+    process = subprocess.Popen(command, stdout=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    while shown.count(b"\x1b[H") < 2:
+        shown += os.read(ours, 4096)
+    process.send_signal(number)
+    assert process.wait(10) == code
+    try:
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    except OSError:  # EIO: the other end is closed
+        os.close(ours)
+    assert shown.startswith(b"\x1b[?1049h")
+    assert shown.endswith(b"\x1b[?1049l")
+    first = shown.split(b"\x1b[H")[1]
+    assert first.count(b"\r\n") == 3  # four lines, and no more, on a terminal of four
+
+
+def watching(fake: Daemon, *arguments: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "pbrd",
+        "status",
+        "--watch",
+        *arguments,
+        "--runtime-dir",
+        str(fake.runtime),
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=environment
+    )
+
+
+# plan, reload, flush
+
+
+def test_plan_prints_the_steps_and_is_4(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["Plan"] = {"steps": ["rule  add priority 10900", "route del default"]}
+    assert cli.main(["plan", "--runtime-dir", str(fake.runtime)]) == 4
+    assert capsys.readouterr().out == "rule  add priority 10900\nroute del default\n"
+    assert fake.asked == [("Plan", {})]
+
+
+def test_plan_without_changes_is_0(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--runtime-dir", str(fake.runtime)]) == 0
+    assert capsys.readouterr().out == "nothing to change\n"
+
+
+def test_plan_names_the_config_by_its_full_path(fake: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(fake.runtime)
+    assert cli.main(["plan", "--config", "new.toml", "--runtime-dir", str(fake.runtime)]) == 0
+    assert fake.asked == [("Plan", {"config": str(fake.runtime / "new.toml")})]
+
+
+def test_reload_prints_what_changed(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reload", "--runtime-dir", str(fake.runtime)]) == 0
+    assert capsys.readouterr().out == "nothing changed\n"
+    fake.answers["Reload"] = {"changed": ["rule  add priority 11000"], "generation": 3}
+    assert cli.main(["reload", "--runtime-dir", str(fake.runtime)]) == 0
+    assert capsys.readouterr().out == "rule  add priority 11000\n"
+
+
+@pytest.mark.parametrize("command", ["reload", "plan"])
+def test_an_invalid_config_is_78_and_every_problem_a_line(
+    fake: Daemon, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers[command.capitalize()] = ConfigError(PROBLEMS)
+    assert cli.main([command, "--runtime-dir", str(fake.runtime)]) == 78
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "a.toml: uplinks.x: wrong\nb.toml: worse\n")
+
+
+def test_what_fails_in_the_daemon_is_1(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["Flush"] = KernelError("cannot delete the rule: no")
+    assert cli.main(["flush", "--runtime-dir", str(fake.runtime)]) == 1
+    assert capsys.readouterr().err == "pbrd: cannot delete the rule: no\n"
+
+
+def test_flush_prints_what_was_removed(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["flush", "--runtime-dir", str(fake.runtime)]) == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("nothing to remove\n", "the daemon is paused until `pbrd reload`\n")
+
+
+# check
+
+
+def test_check_sums_up_a_good_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pbrd.toml"
+    file.write_text(CONFIG)
+    for arguments in ([str(file)], ["--config", str(file)], [str(file), "--config", str(file)]):
+        assert cli.main(["check", *arguments]) == 0
+        assert capsys.readouterr().out.startswith(f"{file}: 1 uplink, 1 policy")
+    assert cli.main(["check", str(file), "--config", "other"]) == 2
+
+
+def test_check_names_every_problem_and_is_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pbrd.toml"
+    file.write_text(CONFIG.replace('"eth0"', '"eth0"\ntable = 254').replace('["fiber"]', '["fibre"]'))
+    assert cli.main(["check", str(file)]) == 78
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert [line.startswith(f"{file}: ") for line in shown.err.splitlines()] == [True, True]
+    assert cli.main(["check", str(tmp_path / "absent.toml")]) == 78
+
+
+# Who may
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("run", "pbrd: cannot run the daemon: only root may (try sudo)\n"),
+        ("plan", "pbrd: cannot plan without a running daemon: only root may (try sudo)\n"),
+        ("flush", "pbrd: cannot flush: only root may (try sudo)\n"),
+    ],
+)
+def test_who_is_not_root_is_told_so(command: str, told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert as_nobody([command, "--runtime-dir", "/nowhere"]) == 1
+    assert capfd.readouterr().err == told
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_reader_may_not_reload(fake: Daemon, capfd: pytest.CaptureFixture[str]) -> None:
+    for directory in (fake.runtime, *fake.runtime.parents[:2]):
+        directory.chmod(0o755)
+    os.chown(fake.runtime / "pbrd.sock", -1, 65534)  # as if nobody were in group pbrd
+    (fake.runtime / "pbrd.sock").chmod(0o660)
+    assert as_nobody(["status", "--runtime-dir", str(fake.runtime)]) == 0
+    assert as_nobody(["reload", "--runtime-dir", str(fake.runtime)]) == 1
+    assert capfd.readouterr().err == "pbrd: cannot reload: only root may (try: sudo pbrd reload)\n"
+
+
+def as_nobody(arguments: list[str]) -> int:
+    """Return the exit code of a child. All is imported before: nobody may be unable to read our Python."""
+    assert tables
+    cli.parser().format_help()
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            sys.stderr = os.fdopen(2, "w", closefd=False)
+            code = cli.main(arguments)
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_ctrl_c_is_quiet_and_130(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "pbrd.sock"))
+        silent.listen()
+        command = [sys.executable, "-m", "pbrd", "status", "--runtime-dir", str(tmp_path)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        silent.settimeout(10)
+        connection, _ = silent.accept()
+        connection.recv(1)  # the client has asked, and waits
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=10)[1] == ""
+        assert process.returncode == 130
