@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 from pbrd import __version__
@@ -24,6 +25,9 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal, as a shell has it
 CONFIG_FILE = "/etc/pbrd/pbrd.toml"
 LONG = 120.0  # seconds that a reload or a flush may take
 CAP_NET_ADMIN = 12  # bit, linux/capability.h
+
+# With a width of its own: to find the terminal's, argparse imports shutil, and with it all of compression.
+HELP = partial(argparse.RawDescriptionHelpFormatter, width=100)
 
 Arguments = argparse.Namespace
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -68,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         prog="pbrd",
         description="Policy based routing that fails over and heals by itself.",
         epilog="example:\n  pbrd check && sudo pbrd reload && pbrd status",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HELP,
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"pbrd {__version__}")
@@ -102,7 +106,7 @@ def _add(
         help=about,
         description=f"{about[0].upper()}{about[1:]}.",
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HELP,
         allow_abbrev=False,
     )
     _add_runtime_dir(added, argparse.SUPPRESS)

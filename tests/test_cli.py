@@ -219,7 +219,7 @@ def test_status_imports_next_to_nothing(fake: Daemon) -> None:
         "logging",
         "pathlib",
         "subprocess",
-        "msgspec",
+        "shutil",
     }
 
 
