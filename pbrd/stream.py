@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -193,6 +194,7 @@ def _send(sock: socket.socket, rate: int, target: tuple[str, int]) -> object:
 def main(argv: list[str]) -> None:
     """Be one end of a stream: `FD echo`, or `FD send RATE ADDRESS PORT`."""
     gc.disable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever reads the result
     with contextlib.suppress(OSError):
         os.nice(-15)  # measure, rather than wait for a CPU
     sock = socket.socket(fileno=int(argv[0]))
