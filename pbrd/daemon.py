@@ -18,9 +18,9 @@ from pbrd.drift import Drift
 from pbrd.errors import ConfigError, KernelError
 from pbrd.kernel import Failure, Kernel
 from pbrd.log import open_log
-from pbrd.objects import KernelState
+from pbrd.objects import KernelState, Route
 from pbrd.paths import Paths
-from pbrd.plan import Plan, diff
+from pbrd.plan import Plan, diff, route_text
 from pbrd.probe import Path as ProbePath
 from pbrd.probe import Prober
 from pbrd.routing import adopted_standings, desired
@@ -52,6 +52,7 @@ class Daemon:
         self.drift = Drift(self.wake, log)
         self.wanted = KernelState()  # what the last plan was made for
         self.refused: dict[str, int] = {}  # step → how often the kernel refused it in a row
+        self.blocked: tuple[Route, ...] = ()  # of the last plan: foreign routes stand in their place
         self.generation = 1
         self.paused = False
         self.last_reload: status.ReloadStatus | None = None
@@ -162,6 +163,7 @@ class Daemon:
             self.later(again)
         target = self.target()
         plan = diff(self.kernel.state(), target)
+        self.tell_blocked(plan)
         unchanged, self.wanted = target == self.wanted, target
         if self.paused or not plan:
             self.refused.clear()
@@ -184,6 +186,17 @@ class Daemon:
         self.refused = counts
         if counts:
             self.later(RETRY[min(*counts.values(), len(RETRY)) - 1])
+
+    def tell_blocked(self, plan: Plan) -> None:
+        """Say once which routes can't be ours because others' stand in their place."""
+        for route in plan.blocked:
+            if route not in self.blocked:
+                self.log.warning(
+                    "a foreign route stands where ours belongs; it is left alone",
+                    route=route_text(route, plan.tables),
+                    remedy="remove it, or give the uplink another table",
+                )
+        self.blocked = plan.blocked
 
     def follow_probes(self) -> None:
         """Probe over the interfaces that are there."""

@@ -63,7 +63,7 @@ def _uplink(old: UplinkStatus, new: UplinkStatus) -> Iterator[Event]:
         if was and now and None not in (was.gateway, now.gateway) and was.gateway != now.gateway:
             yield _gateway(new.name, was, now)
     kind = KINDS.get(State(new.state))
-    if kind and (old.state != new.state or (new.state == State.DOWN and old.reason != new.reason)):
+    if kind and old.state != new.state:
         yield Event(kind, uplink=new.name, reason=new.reason, old=old.state, new=new.state)
 
 

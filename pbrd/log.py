@@ -44,6 +44,12 @@ def _with_priority(_: Any, method: str, line: str) -> str:
     return "\n".join(f"<{PRIORITIES.get(method, 6)}>{part}" for part in line.splitlines())
 
 
+def _for_people(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Drop the machine's name of the event: the sentence says it."""
+    event.pop("event_kind", None)
+    return event
+
+
 def open_log() -> structlog.stdlib.BoundLogger:
     """Configure structlog for this process and return the logger."""
     journal = "JOURNAL_STREAM" in os.environ
@@ -52,7 +58,7 @@ def open_log() -> structlog.stdlib.BoundLogger:
         exception_formatter=structlog.dev.plain_traceback,
         pad_event_to=34,
     )
-    processors: list[Any] = [structlog.processors.format_exc_info]
+    processors: list[Any] = [structlog.processors.format_exc_info, _for_people]
     if not journal:
         processors += [
             structlog.processors.add_log_level,
