@@ -1,8 +1,8 @@
 """The only ICMP: one long-lived raw socket an uplink and family, bound and marked, feeding a `Health`.
 
 The socket is bound to the device by index *and* carries the probe mark: bound, so that the path is the
-uplink's; marked, so that the probe rules send it there or nowhere. The kernel drops what is not ours (by type,
-id, first bytes of the payload), so other people's pings cost nothing. A reply counts if id,
+uplink's; marked, so that the probe rules send it there or nowhere. The kernel drops what is not ours (by
+type, id and the first bytes of the payload), so other people's pings cost nothing. A reply counts if id,
 sequence, the random payload and the source address are those of the probe. ICMP errors count as nothing:
 anybody may forge them, and the round fails by its timeout anyway.
 
@@ -268,7 +268,10 @@ class _Pinger:
         control: list[tuple[int, int, bytes]],
         source: str,
     ) -> None:
-        now = time.monotonic()
+        now, lain = (
+            time.monotonic(),
+            waited(control),
+        )  # side by side: what lies between them is taken for delay
         header = 0
         if self.path.family is Family.IPV4:
             header = IPV4_HEADER
@@ -283,7 +286,7 @@ class _Pinger:
             return
         del self._echoes[reply.sequence]
         rtt = now - echo.sent
-        self.path.health.answered(echo.round, echo.target, min(rtt, max(0.0, rtt - waited(control))), now)
+        self.path.health.answered(echo.round, echo.target, min(rtt, max(0.0, rtt - lain)), now)
 
 
 def waited(control: list[tuple[int, int, bytes]]) -> float:
