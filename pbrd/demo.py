@@ -1,4 +1,4 @@
-"""`pbrd demo`: two providers, clients and an internet in namespaces; the real daemon; failover as clients see it.
+"""`pbrd demo`: failover by the real daemon in a lab of namespaces, as the clients behind it see it.
 
 Every figure comes from packets: streams of the LAN clients, answered by the internet. The daemon is asked
 only for what it says about itself.
@@ -100,7 +100,7 @@ ACTS = (
     Act("All is well", lambda _: time.sleep(1), FIBER),
     Act("The fiber's cable is pulled", lambda lab: lab.carrier(0, False), LTE),
     Act("The cable is put back", lambda lab: lab.carrier(0, True), FIBER),
-    Act("The fiber dies silently, somewhere upstream", lambda lab: lab.silence(0), LTE),
+    Act("The fiber dies silently upstream", lambda lab: lab.silence(0), LTE),
     Act("The fiber is well again", lambda lab: lab.silence(0, on=False), FIBER),
 )
 
@@ -149,11 +149,11 @@ class Show:
         return {}
 
     def exits(self, exits: tuple[str | None, ...], within: float) -> float | None:
-        """Wait until new connections of all clients go where they should; seconds that it took, None = never."""
+        """Wait until new connections go where they should; the seconds that it took, None = never."""
         begun = time.monotonic()
         while time.monotonic() < begun + within:
             if all(
-                self.lab.exit_of(src=client.address, within=0.1) == expected
+                self.lab.exit_of(src=client.address, within=0.05) == expected
                 for client, expected in zip(CLIENTS, exits, strict=True)
             ):
                 return time.monotonic() - begun
@@ -174,6 +174,9 @@ class Show:
         self.tell_status()
         if took is None:
             self.fail(f"new connections did not go to {_names(act.exits)} within {MOVE_WITHIN:g} s")
+        backups = results[2]
+        if backups.lost > backups.sent / 100:  # a busy machine may be late once
+            self.fail("the backups lost packets, and the fiber is none of their business")
         self.rows.append(_row(number, act, results, took))
 
     def tell_status(self) -> None:
@@ -193,7 +196,7 @@ class Show:
 
     def summary(self, leaked: int) -> None:
         """Print the table of all acts, and the verdict."""
-        head = ("", "act", "packets lost", "longest gap", "new connections moved", "backups lost")
+        head = ("", "act", "lost", "longest gap", "new connections", "backups lost")
         widths = [max(map(len, column)) for column in zip(head, *self.rows, strict=True)]
         self.say("\nAs the LAN client saw it, 1,000 packets a second\n", "1")
         for row in (head, *self.rows):
@@ -211,9 +214,10 @@ class Show:
 
 
 def _seen(client: Client, result: Result) -> str:
-    path = " → ".join(result.path) or "nowhere"
-    if result.path and result.trips[-1].uplink is None:
-        path += " → nowhere"
+    stations = ["nowhere"] if result.trips[0].uplink is None else []
+    stations += result.path
+    stations += ["nowhere"] if result.path and result.trips[-1].uplink is None else []
+    path = " → ".join(stations)
     lost = f"{result.lost:,} of {result.sent:,} lost"
     return (
         f"   {client.name:<8} {client.address:<15} {path:<16} {lost:>20}   longest gap {_ms(result.outage())}"
@@ -286,9 +290,7 @@ def _show(keep: bool) -> int:
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     with tempfile.TemporaryDirectory(prefix="pbrd-demo-") as directory, Lab() as lab:
         show = Show(lab, Path(directory), colour)
-        show.say(
-            "pbrd demo: two providers in network namespaces; the network of this machine is not touched", "1"
-        )
+        show.say("pbrd demo, in network namespaces: the network of this machine is not touched", "1")
         show.say(PICTURE)
         for client in CLIENTS:
             show.say(f"   {client.name:<8} {client.address:<15} {client.rule}")

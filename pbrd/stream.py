@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import select
-import signal
 import socket
 import struct
 import subprocess
@@ -111,9 +110,15 @@ class Stream:
         self._server = _worker(server, "echo")
         self._client = _worker(client, "send", str(rate), *map(str, self.target[:2]))
         self.workers = (self._server, self._client)
-        for worker in self.workers:
-            if worker.stdout is None or worker.stdout.readline() != "ready\n":
-                raise LabError("cannot measure: the sender did not start")
+        try:
+            for worker in self.workers:
+                if worker.stdout is None or worker.stdout.readline() != "ready\n":
+                    raise LabError("cannot measure: the sender did not start")
+        except BaseException:
+            for worker in self.workers:
+                worker.kill()
+                worker.communicate()
+            raise
 
     def stop(self) -> Result:
         """End it, wait for the last answers (LATE), and say what happened."""
@@ -143,6 +148,7 @@ def _worker(handed: socket.socket, *argv: str) -> subprocess.Popen[str]:
             text=True,
             pass_fds=[handed.fileno()],
             env=environment,
+            start_new_session=True,  # Ctrl-C is for whoever reads the result
         )
 
 
@@ -194,9 +200,8 @@ def _send(sock: socket.socket, rate: int, target: tuple[str, int]) -> object:
 def main(argv: list[str]) -> None:
     """Be one end of a stream: `FD echo`, or `FD send RATE ADDRESS PORT`."""
     gc.disable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever reads the result
-    with contextlib.suppress(OSError):
-        os.nice(-15)  # measure, rather than wait for a CPU
+    with contextlib.suppress(OSError):  # measure, rather than wait for a CPU
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     sock = socket.socket(fileno=int(argv[0]))
     sock.setblocking(False)
     sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
@@ -207,4 +212,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:
+        os._exit(1)  # whoever wanted the result is gone
