@@ -80,8 +80,8 @@ class Daemon:
                 for task in running:
                     task.cancel()
         finally:
-            server.close()
             self.let_go()
+            server.close()
 
     def let_go(self) -> None:
         """Leave the kernel as `on_stop` says."""
@@ -306,7 +306,7 @@ class Daemon:
         before = self.kernel.state()
         self.paths.follow(fresh, self.kernel.families, adopted_standings(fresh, before), time.monotonic())
         self.config = fresh
-        self.prober.mark = probe_mark(fresh).value
+        self.prober.mark_with(probe_mark(fresh).value)
         self.paused = False
         self.wanted = KernelState()  # what changes now is no drift
         reason = names.register(fresh)

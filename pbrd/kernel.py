@@ -221,7 +221,7 @@ class Kernel:
         )
 
     def _read_table(self, family: Family, table: int) -> None:
-        owner = 0 if table in self.tables else PROTOCOL  # a foreign table is read no further than what is ours
+        owner = 0 if table in self.tables else PROTOCOL  # of a foreign table only what is ours
         self._keep(family, table, self._dump_routes(rtnetlink.route_dump(family, table, owner)))
 
     def _read_strays(self, family: Family) -> None:
@@ -247,7 +247,7 @@ class Kernel:
     def _read_defaults(self, family: Family) -> None:
         """Find the default routes of the main table without reading it.
 
-        IPv4 dumps a table in the order of its prefixes, so 0.0.0.0/0 comes first and the rest is left
+        IPv4 dumps a table in the order of its addresses, so 0.0.0.0/0 comes early and the rest is left
         unread. IPv6 dumps ::/0 last: there the kernel filters by interface, for uplinks that want "auto".
         """
         names = {index: link.name for index, link in self.devices.items()}
@@ -263,11 +263,17 @@ class Kernel:
         self.defaults[family] = tuple(route for route in found if route.interface in self.uplinks)
 
     def _first_routes(self, request: bytes) -> list[bytes]:
-        """Return the default routes at the beginning of a dump, on a socket that is then thrown away."""
+        """Return the routes to 0.0.0.0/n at the beginning of a dump, on a socket that is then thrown away.
+
+        All of them share a leaf of the kernel's trie, the longest prefix first: OpenVPN's 0.0.0.0/1, say.
+        """
         found = []
         with closing(Requests()) as once:
-            for _, _, message in once.answers(request):
-                if len(message) < 28 or message[17] != 0:  # NLMSG_DONE, or the first longer prefix
+            for kind, _, message in once.answers(request):
+                if kind != rtnetlink.RTM_NEWROUTE:
+                    break
+                _, route = rtnetlink.route_of(message, {})
+                if int(route.destination.network_address) != 0:
                     break
                 found.append(message)
         return found

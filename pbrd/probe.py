@@ -103,6 +103,14 @@ class Prober:
                 self._pingers[key] = _Pinger(path, self._mark, self._heard)
         self._wake()
 
+    def mark_with(self, mark: int) -> None:
+        """Probe with SO_MARK `mark` from now on; `follow` must come next if it is another one."""
+        if mark != self._mark:
+            self._mark = mark
+            for pinger in self._pingers.values():
+                pinger.close()
+            self._pingers.clear()
+
     async def run(self) -> None:
         """Probe until cancelled; closes the sockets then."""
         loop = asyncio.get_running_loop()

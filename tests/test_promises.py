@@ -353,3 +353,17 @@ def test_exit_codes_without_a_daemon_and_with_a_second_one(lab: Lab, daemon: Sta
     pbrd.stop()
     assert pbrd.command("status").returncode == 3
     assert pbrd.command("reload").returncode == 3
+
+
+def test_another_mask_and_other_priorities_by_reload(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, HEAD + CONFIG)
+    eventually(lambda: up(pbrd))
+    stream = lab.traffic(rate=1000)
+    assert pbrd.reload(HEAD + "fwmark_mask = 0x00f00000\nrule_priority = 2000\n" + CONFIG).returncode == 0
+    rules = lab.run(lab.router, "ip", "rule").stdout
+    assert "fwmark 0xf00000/0xf00000" in rules
+    assert not [line for line in rules.splitlines() if line.startswith("1") and "proto 112" in line]
+    time.sleep(1)
+    assert up(pbrd)
+    result = stream.stop()
+    assert (result.path, result.lost) == (["fiber"], 0)

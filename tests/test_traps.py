@@ -1,0 +1,330 @@
+"""Traps that others fell into, each with real packets (the issue numbers name where)."""
+
+import socket
+import time
+
+import pytest
+from conftest import Daemon, MakeLab, StartDaemon, eventually
+
+from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab, Uplink
+
+HEAD = f"""
+[daemon]
+names = ""
+[probe]
+targets = ["{TARGETS[2]}", "{TARGETS6[2]}"]
+interval = "200ms"
+timeout = "200ms"
+confirm_interval = "50ms"
+rise = 3
+stable_for = "1s"
+"""
+UPLINKS = """
+[uplinks.fiber]
+interface = "fiber"
+[uplinks.lte]
+interface = "lte"
+"""
+POLICIES = f"""
+[[policies]]
+name = "backups"
+match = {{ from = ["{LAN[1]}", "{LAN6[1]}"] }}
+via = ["lte", "fiber"]
+[default]
+via = ["fiber", "lte"]
+"""
+CONFIG = HEAD + UPLINKS + POLICIES
+
+
+def up(daemon: Daemon) -> bool:
+    uplinks = daemon.status()["uplinks"]
+    return bool(uplinks) and all(uplink["state"] == "up" for uplink in uplinks)
+
+
+def default_of(lab: Lab, table: int) -> str:
+    return lab.run(lab.router, "ip", "route", "show", "table", str(table), "default", check=False).stdout
+
+
+def test_probes_of_the_standby_never_leave_by_the_active_uplink(lab: Lab, daemon: StartDaemon) -> None:
+    """openwrt/packages#12309: a bound probe's replies and routes must obey the uplink, alive or dead."""
+    seen = lab.counter(f"ip daddr {TARGETS[2]} icmp type echo-request ip saddr {lab.uplinks[1].address}")
+    seen6 = lab.counter(
+        f"ip6 daddr {TARGETS6[2]} icmpv6 type echo-request ip6 saddr {lab.uplinks[1].address6}"
+    )
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    lab.silence(1)
+    eventually(lambda: pbrd.uplink("lte")["state"] == "down")
+    eventually(lambda: seen.read()["lte"] > 8 and seen6.read()["lte"] > 8)
+    assert seen.read()["fiber"] == 0
+    assert seen6.read()["fiber"] == 0
+    lab.silence(1, False)
+    eventually(lambda: pbrd.uplink("lte")["state"] == "up")
+
+
+def test_two_uplinks_with_the_same_gateway_and_subnet(make_lab: MakeLab, daemon: StartDaemon) -> None:
+    """opnsense/core#5778, openwrt/packages#13907."""
+    lab = make_lab(
+        (
+            Uplink("fiber", address="10.0.9.2", gateway="10.0.9.1", address6="off"),
+            Uplink("lte", address="10.0.9.3", gateway="10.0.9.1", address6="off"),
+        )
+    )
+    pbrd = daemon(lab, HEAD + UPLINKS + POLICIES.replace(f', "{LAN6[1]}"', ""))
+    eventually(lambda: up(pbrd))
+    assert lab.exit_of() == "fiber"
+    assert lab.exit_of(src=LAN[1]) == "lte"
+    lab.silence(0)
+    eventually(lambda: lab.exit_of() == "lte")
+    assert pbrd.uplink("lte")["state"] == "up"
+
+
+def test_a_gateway_outside_every_prefix(make_lab: MakeLab, daemon: StartDaemon) -> None:
+    """Hosters give a /32 address and a gateway that only `onlink` reaches."""
+    lab = make_lab((Uplink("fiber", prefix=32), Uplink("lte")))
+    text = HEAD + UPLINKS.replace('"fiber"', f'"fiber"\ngateway = "{lab.uplinks[0].gateway}"', 1) + POLICIES
+    pbrd = daemon(lab, text)
+    eventually(lambda: up(pbrd))
+    assert "onlink" in default_of(lab, 200)
+    assert lab.exit_of() == "fiber"
+
+
+def test_a_point_to_point_uplink(make_lab: MakeLab, daemon: StartDaemon) -> None:
+    lab = make_lab((Uplink("fiber"), Uplink("wg0", point_to_point=True)))
+    uplinks = '[uplinks.fiber]\ninterface = "fiber"\n'
+    uplinks += '[uplinks.wg0]\ninterface = "wg0"\ngateway = "none"\ngateway6 = "none"\n'
+    pbrd = daemon(lab, HEAD + uplinks + POLICIES.replace('"lte"', '"wg0"'))
+    eventually(lambda: up(pbrd))
+    assert default_of(lab, 201).startswith("default dev wg0")
+    assert lab.exit_of(src=LAN[1]) == "wg0"
+    assert lab.exit_of(src=LAN6[1]) == "wg0"
+
+
+def test_dhcp_brings_another_gateway_and_the_same_one_again(lab: Lab, daemon: StartDaemon) -> None:
+    """opnsense/core#5956, #7635: follow the new one; the same one again must cause nothing."""
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    transitions = pbrd.uplink("fiber")["transitions"]
+    again = f"route replace default via {lab.uplinks[0].gateway} dev fiber proto dhcp metric 100"
+    stream = lab.traffic(rate=1000)
+    for _ in range(5):
+        lab.ip(lab.router, again)
+    lab.ip(lab.router, f"route del default dev fiber metric 100\n{again.replace('replace', 'add')}")
+    lab.ip(lab.uplinks[0].isp, "addr add 10.0.1.254/24 dev gw")
+    lab.ip(lab.router, "route replace default via 10.0.1.254 dev fiber proto dhcp metric 100")
+    eventually(lambda: "10.0.1.254" in default_of(lab, 200))
+    eventually(lambda: pbrd.uplink("fiber")["ipv4"]["gateway"] == "10.0.1.254")
+    time.sleep(0.3)
+    assert stream.stop().lost == 0
+    assert pbrd.uplink("fiber")["transitions"] == transitions
+    assert "gateway changed" in pbrd.log
+
+
+def test_dhcp_brings_another_address_and_subnet(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    lab.ip(
+        lab.uplinks[0].isp, "addr add 10.55.0.1/24 dev gw\nroute add 192.168.100.0/24 via 10.55.0.2 metric 1"
+    )
+    lab.ip(lab.router, "addr del 10.0.1.2/24 dev fiber\naddr add 10.55.0.2/24 dev fiber")
+    lab.ip(lab.router, "route add default via 10.55.0.1 dev fiber proto dhcp metric 100")
+    eventually(lambda: "via 10.55.0.1" in default_of(lab, 200))
+    eventually(lambda: lab.exit_of(local=True, src="10.55.0.2") == "fiber")
+    rules = lab.run(lab.router, "ip", "rule").stdout
+    assert "10.55.0.2" in rules
+    assert "10.0.1.2 " not in rules
+    eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
+
+
+def test_an_address_that_goes_for_a_moment_takes_its_routes_along_silently(
+    lab: Lab, daemon: StartDaemon
+) -> None:
+    """keepalived#1719, and every restart of systemd-networkd: no route event tells of it."""
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    transitions = pbrd.uplink("fiber")["transitions"]
+    gateway = lab.uplinks[0].gateway
+    for _ in range(5):
+        lab.ip(lab.router, "addr del 10.0.1.2/24 dev fiber")
+        time.sleep(0.02)
+        lab.ip(lab.router, "addr add 10.0.1.2/24 dev fiber")
+        lab.ip(lab.router, f"route add default via {gateway} dev fiber proto dhcp metric 100")
+        eventually(lambda: f"via {gateway}" in default_of(lab, 200), within=0.5)
+        eventually(lambda: f"via {gateway}" in default_of(lab, 1200), within=0.5)
+    assert pbrd.uplink("fiber")["transitions"] == transitions
+    assert lab.exit_of() == "fiber"
+    assert "refuses" not in pbrd.log
+
+
+def test_an_interface_that_vanishes_and_returns_with_another_index(lab: Lab, daemon: StartDaemon) -> None:
+    """ppp, wg, USB modems (firehol#216): no error loop meanwhile, and everything back afterwards."""
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    rules = lab.run(lab.router, "ip", "rule").stdout
+    lab.unplug(1)
+    eventually(lambda: pbrd.uplink("lte")["reason"] == "missing", within=1)
+    assert lab.exit_of(src=LAN[1]) == "fiber"
+    lines = pbrd.log.count("\n")
+    time.sleep(1)
+    assert pbrd.log.count("\n") == lines
+    lab.plug(1)
+    eventually(lambda: pbrd.uplink("lte")["state"] == "up", within=10)
+    assert lab.exit_of(src=LAN[1]) == "lte"
+    assert lab.exit_of(src=LAN6[1]) == "lte"
+    sysctl = lab.run(lab.router, "sysctl", "-n", "net.ipv4.conf.lte.ignore_routes_with_linkdown").stdout
+    assert sysctl == "1\n"
+    now = lab.run(lab.router, "ip", "rule").stdout
+    assert now.replace("[detached] ", "") == rules
+
+
+def test_an_uplink_that_is_not_there_at_the_start(lab: Lab, daemon: StartDaemon) -> None:
+    lab.unplug(1)
+    pbrd = daemon(lab, CONFIG)
+    assert (pbrd.uplink("lte")["state"], pbrd.uplink("lte")["reason"]) == ("down", "missing")
+    lab.plug(1)
+    eventually(lambda: pbrd.uplink("lte")["state"] == "up", within=10)
+    assert lab.exit_of(src=LAN[1]) == "lte"
+
+
+def test_admin_down_and_up(lab: Lab, daemon: StartDaemon) -> None:
+    """The kernel drops the routes of all tables, and tells nobody (IPv4); they come back with the link."""
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    stream = lab.traffic(rate=1000)
+    time.sleep(0.2)
+    lab.admin(0, False)
+    eventually(lambda: pbrd.uplink("fiber")["reason"] == "admin-down", within=1)
+    time.sleep(0.2)
+    lab.admin(0, True)
+    eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
+    eventually(lambda: lab.exit_of() == "fiber")
+    result = stream.stop()
+    assert result.path == ["fiber", "lte", "fiber"]
+    assert result.lost <= 20
+
+
+def test_a_gateway_that_is_gone_is_no_gateway(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    for family in ("-4", "-6"):
+        lab.run(lab.router, "ip", family, "route", "del", "default", "dev", "fiber", "metric", "100")
+    eventually(lambda: pbrd.uplink("fiber")["reason"] == "no-gateway", within=2)
+    assert lab.exit_of() == "lte"
+    assert default_of(lab, 1200) == ""
+
+
+def test_short_carrier_losses_are_all_seen(lab: Lab, daemon: StartDaemon) -> None:
+    """The kernel's linkwatch holds back a second change within a second (opnsense/core#4160)."""
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    for _ in range(4):
+        lab.carrier(0, False)
+        eventually(lambda: pbrd.uplink("fiber")["reason"] == "no-carrier", within=0.5)
+        lab.carrier(0, True)
+        eventually(lambda: pbrd.uplink("fiber")["reason"] != "no-carrier", within=0.5)
+    eventually(lambda: up(pbrd), within=15)
+    assert lab.exit_of() == "fiber"
+
+
+def test_other_peoples_ipv6_routes_can_still_be_added(lab: Lab, daemon: StartDaemon) -> None:
+    """The kernel resolves IPv6 gateways through the rules: a fresh prefix must be found in main."""
+    daemon(lab, CONFIG)
+    lab.ip(lab.router, "addr add fd99::2/64 dev fiber nodad\nroute add fd98::/64 via fd99::1 dev fiber")
+    lab.ip(lab.router, "route add fd97::/64 via fd99::1")
+
+
+def test_two_halves_of_the_default_route_win_over_policies(lab: Lab, daemon: StartDaemon) -> None:
+    """OpenVPN's def1: 0.0.0.0/1 and 128.0.0.0/1 are specific routes of main; override_main is above them."""
+    gateway = lab.uplinks[0].gateway
+    lab.ip(lab.router, f"route add 0.0.0.0/1 via {gateway}\nroute add 128.0.0.0/1 via {gateway}")
+    pbrd = daemon(lab, CONFIG)
+    assert lab.exit_of(src=LAN[1]) == "fiber"
+    pbrd.reload(CONFIG.replace('"] }', '"], override_main = true }'))
+    assert lab.exit_of(src=LAN[1]) == "lte"
+
+
+@pytest.mark.parametrize("target", ["192.168.100.1", "10.0.1.2"])
+def test_the_box_itself_stays_reachable(lab: Lab, daemon: StartDaemon, target: str) -> None:
+    daemon(lab, CONFIG)
+    assert lab.run(lab.lan, "ping", "-c1", "-W1", "-I", LAN[1], target).returncode == 0
+
+
+def test_a_neighbour_in_an_uplinks_own_subnet_is_reached_directly(lab: Lab, daemon: StartDaemon) -> None:
+    daemon(lab, CONFIG)
+    gateway = lab.uplinks[0].gateway
+    assert lab.run(lab.lan, "ping", "-c1", "-W1", "-I", LAN[1], gateway, check=False).returncode == 0
+
+
+def test_a_local_firewall_that_drops_our_probes_fails_nothing_over(lab: Lab, daemon: StartDaemon) -> None:
+    """A probe that can't be sent is a reason of its own, not a lost packet."""
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    lab.nft(
+        lab.router,
+        """table inet fw { chain out { type filter hook output priority 0;
+        oifname "fiber" icmp type echo-request drop;
+        oifname "fiber" icmpv6 type echo-request drop; }; }""",
+    )
+    eventually(lambda: pbrd.uplink("fiber")["reason"] == "unsendable")
+    assert pbrd.uplink("fiber")["state"] == "up"
+    assert lab.exit_of() == "fiber"
+
+
+def test_netlink_overflow_means_look_again(lab: Lab, daemon: StartDaemon) -> None:
+    """More events than the socket holds, while the daemon can't read them: nothing is missed for good."""
+    from signal import SIGCONT, SIGSTOP
+
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    pbrd.signal(SIGSTOP)
+    flood = "\n".join(
+        f"rule add priority 5000 from 10.{n >> 8}.{n & 255}.0/24 lookup 5000" for n in range(20000)
+    )
+    lab.ip(lab.router, flood)
+    lab.ip(lab.router, flood.replace("rule add", "rule del"))
+    lab.run(lab.router, "ip", "rule", "del", "priority", "11000")
+    pbrd.signal(SIGCONT)
+    eventually(lambda: "11000:" in lab.run(lab.router, "ip", "rule").stdout, within=10)
+
+
+def test_churn_in_the_main_table_does_not_reach_the_daemon(lab: Lab, daemon: StartDaemon) -> None:
+    """A full BGP feed: neither dumped nor decoded, and a carrier loss is still noticed in milliseconds."""
+    feed = "\n".join(
+        f"route add {20 + (n >> 16)}.{n >> 8 & 255}.{n & 255}.0/24 via {lab.uplinks[0].gateway} proto bird"
+        for n in range(200_000)
+    )
+    lab.ip(lab.router, feed)
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+
+    def cpu() -> int:
+        with open(f"/proc/{pbrd.pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before = cpu()
+    some = "\n".join(feed.splitlines()[:50_000])
+    lab.ip(lab.router, some.replace("route add", "route del") + "\n" + some)
+    ticks = cpu() - before  # of 10 ms, while 100,000 routes changed
+    assert ticks < 60
+    stream = lab.traffic(rate=1000)
+    time.sleep(0.2)
+    lab.carrier(0, False)
+    time.sleep(0.4)
+    result = stream.stop()
+    assert result.path == ["fiber", "lte"]
+    assert result.lost <= 20
+    eventually(lambda: pbrd.uplink("fiber")["reason"] == "no-carrier", within=0.5)
+
+
+def test_curl_by_interface_leaves_by_an_uplink_that_is_down(lab: Lab, daemon: StartDaemon) -> None:
+    """Tables of a dead uplink stay for bound sockets (openwrt/packages#4721): one can look why it is dead."""
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: up(pbrd))
+    lab.nft(lab.uplinks[1].isp, "add rule inet fault silence ip protocol icmp drop")
+    eventually(lambda: pbrd.uplink("lte")["ipv4"]["state"] == "down")
+    assert lab.exit_of(local=True, device="lte") == "lte"
+    with lab.inside(lab.router), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lte")
+        probe.connect((TARGETS[0], 9))
+        assert probe.getsockname()[0] == lab.uplinks[1].address
