@@ -102,6 +102,27 @@ def test_packets_are_as_they_were_asked_for(lab: Lab, rule: str, packet: dict[st
     assert lab.exit_of(local=bool(packet.get("local"))) == "fiber"
 
 
+@pytest.mark.parametrize("proto", ["udp", "icmp"])
+@pytest.mark.parametrize("dst", [TARGETS[0], TARGETS6[0]])
+def test_a_flow_goes_on_from_the_same_socket(lab: Lab, dst: str, proto: str) -> None:
+    with contextlib.closing(lab.flow(Packet(dst, proto=proto))) as flow:
+        assert [flow.exit(), flow.exit()] == ["fiber", "fiber"]
+        seen = lab.counter(f"th sport {flow.packet.sport}")
+        send_by(lab, 1)
+        assert [flow.exit(), flow.exit()] == ["lte", "lte"]
+        if proto == "udp":
+            assert seen.read() == {"fiber": 0, "lte": 2}
+
+
+def test_a_spawned_command_sees_the_interfaces_and_the_cgroups(lab: Lab, tmp_path: Path) -> None:
+    with (tmp_path / "seen").open("w") as output:
+        child = lab.spawn(lab.router, ["ls", "/sys/class/net", "/sys/fs/cgroup"], stdout=output)
+    assert child.wait(5) == 0
+    seen = (tmp_path / "seen").read_text().split()
+    assert {"fiber", "lte", "lan", "cgroup.procs"} <= set(seen)
+    assert "eth0" not in seen
+
+
 def test_sockets_of_a_group_match_in_nftables(lab: Lab) -> None:
     lab.nft(
         lab.router,
