@@ -27,6 +27,7 @@ class Family(IntEnum):
 
     @property
     def version(self) -> int:
+        """4 or 6, as `ipaddress` objects have it."""
         return 4 if self is Family.IPV4 else 6
 
 
@@ -108,7 +109,7 @@ class Daemon:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """`[probe]`, or `[uplinks.X.probe]` completed by it. Times in seconds, loss as a ratio, 0 is "not judged"."""
+    """`[probe]`, or `[uplinks.X.probe]` completed by it. Times in seconds, loss as a ratio; 0: not judged."""
 
     targets: tuple[Address, ...] = (IPv4Address("1.1.1.1"), IPv4Address("9.9.9.9"))
     interval: float = 1.0
@@ -156,7 +157,7 @@ class Uplink:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """`match` of a policy. Each tuple means "any of its items", an empty one "anything"; all keys must hold."""
+    """`match` of a policy. A tuple means "any of its items", an empty one "anything"; all keys must hold."""
 
     source: tuple[Network, ...] = ()  # `from`, and the prefixes of `from_file`
     destination: tuple[Network, ...] = ()  # `to`, and the prefixes of `to_file`
@@ -179,7 +180,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """`[[policies]]`, or `[default]` under the name "default". Exactly one of `via` and `balance` is filled."""
+    """`[[policies]]`, or `[default]` under the name "default". One of `via` and `balance` is filled."""
 
     name: str
     match: Match = field(default_factory=Match)
