@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -72,6 +73,15 @@ def make_lab(no_lab: str) -> Iterator[MakeLab]:
 def lab(make_lab: MakeLab) -> Lab:
     """The default lab: fiber and lte."""
     return make_lab()
+
+
+def let_others_in(directory: Path) -> Path:
+    """Open a temporary directory to other users: pytest makes it, and those above it, for ours alone."""
+    for part in (directory, *directory.parents):
+        if part == Path(tempfile.gettempdir()):
+            break
+        part.chmod(0o755)
+    return directory
 
 
 class Daemon:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import let_others_in
 
 from pbrd import cli, tables
 from pbrd.control import Handler, Server
@@ -394,8 +395,7 @@ def test_who_is_not_root_is_told_so(command: str, told: str, capfd: pytest.Captu
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
 def test_a_reader_may_not_reload(fake: Daemon, capfd: pytest.CaptureFixture[str]) -> None:
-    for directory in (fake.runtime, *fake.runtime.parents[:2]):
-        directory.chmod(0o755)
+    let_others_in(fake.runtime)
     os.chown(fake.runtime / "pbrd.sock", -1, 65534)  # as if nobody were in group pbrd
     (fake.runtime / "pbrd.sock").chmod(0o660)
     assert as_nobody(["status", "--runtime-dir", str(fake.runtime)]) == 0

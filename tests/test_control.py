@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import let_others_in
 
 from pbrd import client, control, varlink
 from pbrd.control import Handler, Server
@@ -74,9 +75,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def runtime(tmp_path: Path) -> Path:
-    for directory in (tmp_path, *tmp_path.parents[:2]):  # pytest makes them 0700; nobody must get through
-        directory.chmod(0o755)
-    return tmp_path / "run"
+    return let_others_in(tmp_path) / "run"
 
 
 @pytest.fixture
