@@ -95,7 +95,7 @@ install: ## install below PREFIX, with the systemd unit; keeps every config that
 	@sed 's|/usr/bin/pbrd|$(PREFIX)/bin/pbrd|' systemd/pbrd.service >"$(DESTDIR)$(UNITDIR)/pbrd.service"
 	@chmod 644 "$(DESTDIR)$(UNITDIR)/pbrd.service"
 	@install -m 644 packaging/sysusers.d/pbrd.conf "$(DESTDIR)$(SYSUSERSDIR)/pbrd.conf"
-	@install -m 644 etc/pbrd.toml.example "$(DESTDIR)/etc/pbrd/pbrd.toml.example"
+	@install -m 644 etc/pbrd.toml "$(DESTDIR)/etc/pbrd/pbrd.toml.example"
 	@install -m 644 etc/iproute2/rt_protos.d/pbrd.conf "$(DESTDIR)/etc/iproute2/rt_protos.d/pbrd.conf"
 	@[ -n "$(DESTDIR)" ] || getent group pbrd >/dev/null || systemd-sysusers "$(SYSUSERSDIR)/pbrd.conf" 2>/dev/null \
 	    || groupadd --system pbrd

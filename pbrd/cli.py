@@ -192,12 +192,14 @@ def check(arguments: Arguments) -> int:
     from pathlib import Path
 
     from pbrd.config import load, warnings
+    from pbrd.rules import rule_count
 
     file = arguments.file or arguments.config or CONFIG_FILE
     config = load(Path(file))
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
-    print(f"{file}: {_count(len(config.uplinks), 'uplink')}, {_count(len(config.policies), 'policy')}")
+    counts = (len(config.uplinks), "uplink"), (len(config.policies), "policy"), (rule_count(config), "rule")
+    print(f"{file}: {', '.join(_count(number, noun) for number, noun in counts)}")
     return DONE
 
 

@@ -37,6 +37,7 @@ from pbrd.document import (
 )
 from pbrd.errors import ConfigError
 from pbrd.policies import Lookup, ReadText, Surroundings, read_default, read_policy
+from pbrd.rules import without_room
 from pbrd.settings import Config, Daemon, Failback, OnStop, Policy
 from pbrd.uplinks import HIGHEST_TABLE, read_uplinks
 from pbrd.values import shown
@@ -175,6 +176,7 @@ def _judged(
     config = Config(daemon, uplinks, tuple(policy for _, policy in found), last)
     if not allow_unsupported:
         _report_gaps(root, config, [*found, *([(default, last)] if default and last else [])], report)
+    _judge_room(config, found, report)
     if report.problems:
         order = {file: index for index, (file, _) in enumerate(texts)}
         raise ConfigError(
@@ -206,6 +208,15 @@ def _judge_names(policies: Sequence[tuple[Table, Policy]], report: Report) -> No
                 f"{shown(policy.name)} is the name of {other.place} in {other.file} already; choose another"
             )
             report.at(table, "name", remark)
+
+
+def _judge_room(config: Config, policies: Sequence[tuple[Table, Policy]], report: Report) -> None:
+    """Report it if there are more policies than priorities for their rules."""
+    crowded = without_room(config)
+    for table, policy in policies:
+        if crowded is not None and policy is crowded[0]:
+            remark = f"there is room for {crowded[1]} policies as long as the longest; join some by lists"
+            report.add(table.file, table.place, remark)
 
 
 def _report_gaps(

@@ -214,21 +214,40 @@ def policy_rules(
     return _policy_rules(config, family, order, tuple(sorted(links)) if patterns else ())
 
 
+def bands(config: Config) -> tuple[tuple[list[Policy], int, int], ...]:
+    """Return the policies of each band, with its first priority (relative) and its width."""
+    overrides = [p for p in config.policies if p.match.override_main]
+    others = [p for p in config.policies if not p.match.override_main]
+    default = [config.default] if config.default else []
+    return (
+        (overrides, OVERRIDES, OVERRIDES_WIDTH),
+        (others, POLICIES, POLICIES_WIDTH),
+        (default, DEFAULT, DEFAULT_WIDTH),
+    )
+
+
+def without_room(config: Config) -> tuple[Policy, int] | None:
+    """Return a policy that its band of priorities has no room for, and how many of its length would fit."""
+    for policies, _, width in bands(config):
+        widest = max(map(width_of, policies), default=0)
+        if stride_of(len(policies), width) < widest:
+            return policies[-1], width // min(s for s in STRIDES if s >= min(widest, STRIDES[0]))
+    return None
+
+
+def rule_count(config: Config) -> int:
+    """Return how many rules `config` makes, both families, without those of the uplinks' addresses."""
+    return sum(len({*fixed_rules(config, f), *policy_rules(config, f, {}, {})}) for f in Family)
+
+
 def policy_bands(config: Config) -> Iterator[tuple[Policy, int, int]]:
     """Yield each policy with its priorities: first, and one past the last."""
     base = config.daemon.rule_priority
-    overrides = [p for p in config.policies if p.match.override_main]
-    others = [p for p in config.policies if not p.match.override_main]
-    for policies, start, width in (
-        (overrides, OVERRIDES, OVERRIDES_WIDTH),
-        (others, POLICIES, POLICIES_WIDTH),
-    ):
+    for policies, start, width in bands(config):
         stride = stride_of(len(policies), width)
         for position, policy in enumerate(policies):
             first = base + start + position * stride
             yield policy, first, first + stride
-    if config.default is not None:
-        yield config.default, base + DEFAULT, base + DEFAULT + DEFAULT_WIDTH
 
 
 def policy_families(match: Match) -> tuple[Family, ...]:

@@ -17,7 +17,7 @@ def configs() -> dict[str, str]:
     shown = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     return {
         "README.md": shown[0],
-        "pbrd.toml.example": (ROOT / "etc" / "pbrd.toml.example").read_text(),
+        "pbrd.toml.example": (ROOT / "etc" / "pbrd.toml").read_text(),
     }
 
 

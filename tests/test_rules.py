@@ -6,6 +6,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from pbrd.config import parse
+from pbrd.errors import ConfigError
 from pbrd.objects import KernelState, Key, Link, LinkAddress, Standing
 from pbrd.plan import diff
 from pbrd.routing import desired, next_hop
@@ -213,6 +214,17 @@ def test_policies_keep_their_order_and_never_share_a_priority() -> None:
 )
 def test_the_stride_between_policies_is_the_largest_that_fits(count: int, stride: int) -> None:
     assert stride_of(count, 19800) == stride
+
+
+def test_more_policies_than_priorities_are_refused() -> None:
+    many = "".join(
+        f"[[policies]]\nname = 'p{n}'\nmatch = {{ from = '10.0.{n}.0/24', override_main = true }}\n"
+        "via = ['lte', 'fiber']\nfallback = 'prohibit'\n"
+        for n in range(101)
+    )
+    with pytest.raises(ConfigError, match=r"policies\[100\]: there is room for 100 policies"):
+        config(many)
+    assert config(many.replace(", override_main = true", ""))
 
 
 def test_keys_leave_out_what_can_never_leave_there() -> None:
