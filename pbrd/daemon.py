@@ -217,17 +217,20 @@ class Daemon:
             level = self.log.warning if event.kind in ("uplink-down", "failover") else self.log.info
             level(event.sentence, event_kind=event.kind, **event.facts())
         self.shown = now
-        systemd.notify(f"STATUS={tables.line(status.to_json(now))}")
+        if systemd.listens():
+            systemd.notify(f"STATUS={tables.line(status.to_json(now))}")
 
     def snapshot(self) -> status.Snapshot:
         """Return the daemon at this moment."""
         now = time.monotonic()
+        kernel, paths = self.kernel, self.paths
         view = snapshot.View(
             self.config,
-            self.kernel.families,
-            self.kernel.links,
-            self.paths,
-            self.kernel.state(),
+            kernel.families,
+            kernel.links,
+            paths,
+            paths.standings(),
+            kernel.state(),
             time.time() - now,
         )
         before = {policy.name: policy for policy in self.shown.policies} if self.shown else {}

@@ -248,7 +248,13 @@ def defaults_of(message: bytes, names: dict[int, str]) -> tuple[DefaultRoute, ..
 
 def rule_of(message: bytes) -> tuple[int, Rule | None]:
     """Return (protocol, rule) of an RTM_NEWRULE; None for what pbrd never makes (`not`, goto, l3mdev …)."""
-    decoded = fibmsg(message)
+    return _rule_of(message[16:])
+
+
+@lru_cache(maxsize=8192)
+def _rule_of(body: bytes) -> tuple[int, Rule | None]:
+    """Decode a rule once: all rules are read back whenever one changes, and nearly all are as before."""
+    decoded = fibmsg(HEADER.pack(16 + len(body), RTM_NEWRULE, 0, 0, 0) + body)
     decoded.decode()
     attribute = decoded.get_attr
     actions = {number: action for action, number in FR_ACTIONS.items()}

@@ -250,6 +250,7 @@ def policy_bands(config: Config) -> Iterator[tuple[Policy, int, int]]:
             yield policy, first, first + stride
 
 
+@lru_cache(maxsize=8192)
 def policy_families(match: Match) -> tuple[Family, ...]:
     """Return the families in which `match` can match at all."""
     return tuple(family for family in Family if selectors(match, family, [p[:-1] for p in match.iif]))

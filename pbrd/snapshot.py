@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pbrd.health import Health, Reason, State
-from pbrd.objects import KernelState, Key, Link
+from pbrd.objects import KernelState, Key, Link, Standing
 from pbrd.paths import Paths
 from pbrd.routing import path_fault
 from pbrd.rules import has_family, policy_families, ranked
@@ -34,6 +34,7 @@ class View:
     families: tuple[Family, ...]
     links: Mapping[str, Link]
     paths: Paths
+    standings: Mapping[Key, Standing]
     state: KernelState
     clock: float  # wall clock minus monotonic, seconds
 
@@ -130,7 +131,7 @@ def _rounded(ratio: float | None) -> float | None:
 
 def chosen(view: View, policy: Policy, family: Family) -> str | None:
     """Return the uplink that new connections of `policy` take now; "main" counts as usable."""
-    standings = view.paths.standings()
+    standings = view.standings
     for name in ranked(policy, family, standings):
         standing = standings.get((name, family))
         if name == MAIN or (standing is not None and standing.usable):
@@ -187,7 +188,7 @@ def _counting(view: View, policy: Policy) -> Family:
 
 def _judged(view: View, policy: Policy, family: Family, active: str | None) -> tuple[str, str]:
     """Return (state, reason): the reason is why the first choice is not taken."""
-    standing = view.paths.standings().get((active or "", family))
+    standing = view.standings.get((active or "", family))
     if active is None or (active != MAIN and (standing is None or not standing.usable)):
         return "fallback", f"no uplink is usable: {policy.fallback.value}"
     if active == policy.via[0]:

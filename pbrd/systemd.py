@@ -6,6 +6,11 @@ import time
 from contextlib import suppress
 
 
+def listens() -> bool:
+    """Say whether there is a service manager to tell."""
+    return "NOTIFY_SOCKET" in os.environ
+
+
 def notify(*assignments: str) -> None:
     """Send assignments such as "READY=1" to the service manager, if there is one.
 
