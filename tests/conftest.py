@@ -15,7 +15,25 @@ import pytest
 
 from pbrd.client import call
 from pbrd.errors import ControlError, LabError
-from pbrd.lab import Lab, Uplink
+from pbrd.lab import TARGETS, TARGETS6, Lab, Uplink
+
+# Configs of tests are put together from these; `names` must never be the host's.
+HEAD = '[daemon]\nnames = ""\n'
+PROBE = f"""
+[probe]
+targets = ["{TARGETS[2]}", "{TARGETS6[2]}"]
+interval = "200ms"
+timeout = "200ms"
+confirm_interval = "50ms"
+rise = 3
+stable_for = "1s"
+"""
+UPLINKS = """
+[uplinks.fiber]
+interface = "fiber"
+[uplinks.lte]
+interface = "lte"
+"""
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +91,12 @@ def make_lab(no_lab: str) -> Iterator[MakeLab]:
 def lab(make_lab: MakeLab) -> Lab:
     """The default lab: fiber and lte."""
     return make_lab()
+
+
+def all_up(daemon: "Daemon") -> bool:
+    """Whether every uplink of the daemon is up."""
+    uplinks = daemon.status().get("uplinks", [])
+    return bool(uplinks) and all(uplink["state"] == "up" for uplink in uplinks)
 
 
 def let_others_in(directory: Path) -> Path:

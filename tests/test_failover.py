@@ -4,24 +4,11 @@ import time
 from signal import SIGCONT, SIGSTOP
 
 import pytest
-from conftest import Daemon, StartDaemon, eventually
+from conftest import HEAD, PROBE, UPLINKS, StartDaemon, all_up, eventually
 
-from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab
+from pbrd.lab import LAN, LAN6, Lab
 
-CONFIG = f"""
-[daemon]
-names = ""
-[probe]
-targets = ["{TARGETS[2]}", "{TARGETS6[2]}"]
-interval = "200ms"
-timeout = "200ms"
-confirm_interval = "50ms"
-rise = 3
-stable_for = "1s"
-[uplinks.fiber]
-interface = "fiber"
-[uplinks.lte]
-interface = "lte"
+CONFIG = f"""{HEAD}{PROBE}{UPLINKS}
 [[policies]]
 name = "backups"
 match = {{ from = ["{LAN[1]}", "{LAN6[1]}"] }}
@@ -37,10 +24,6 @@ SLOW = SLOW.replace('confirm_interval = "50ms"', 'confirm_interval = "200ms"')
 BOUND = 1.0 + 0.05 + 2 * 0.2 + 1.0
 
 families = pytest.mark.parametrize("source", [LAN[0], LAN6[0]], ids=["ipv4", "ipv6"])
-
-
-def all_up(daemon: Daemon) -> bool:
-    return all(uplink["state"] == "up" for uplink in daemon.status()["uplinks"])
 
 
 def contents(lab: Lab) -> str:

@@ -3,20 +3,11 @@
 import re
 
 import pytest
-from conftest import MakeLab, StartDaemon
+from conftest import HEAD, UPLINKS, MakeLab, StartDaemon, eventually
 
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab, Uplink
 
-BASE = """
-[daemon]
-names = ""
-[probe]
-targets = []
-[uplinks.fiber]
-interface = "fiber"
-[uplinks.lte]
-interface = "lte"
-"""
+BASE = f"{HEAD}[probe]\ntargets = []\n{UPLINKS}"
 DEFAULT = '[default]\nvia = ["fiber", "lte"]\n'
 
 
@@ -113,8 +104,6 @@ def test_fallbacks(lab: Lab, daemon: StartDaemon, fallback: str, where: str | No
     probed = probed.replace("targets = []", 'targets = []\ninterval = "100ms"\ntimeout = "100ms"', 1)
     lab.nft(lab.uplinks[1].isp, "add rule inet fault silence ip protocol icmp drop")
     pbrd = daemon(lab, probed + policy(f"{{ from = '{LAN[1]}' }}", more=f'fallback = "{fallback}"') + DEFAULT)
-    from conftest import eventually
-
     eventually(lambda: pbrd.uplink("lte")["ipv4"]["state"] == "down")
     assert lab.exit_of(src=LAN[1]) == where
     assert pbrd.policy("one")["state"] == "fallback"

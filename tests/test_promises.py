@@ -8,26 +8,11 @@ from signal import SIGHUP, SIGKILL, SIGTERM, SIGUSR1
 from subprocess import DEVNULL
 
 import pytest
-from conftest import Daemon, StartDaemon, eventually
+from conftest import HEAD, PROBE, UPLINKS, StartDaemon, all_up, eventually
 
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab
 
-HEAD = """
-[daemon]
-names = ""
-"""
-CONFIG = f"""
-[probe]
-targets = ["{TARGETS[2]}", "{TARGETS6[2]}"]
-interval = "200ms"
-timeout = "200ms"
-confirm_interval = "50ms"
-rise = 3
-stable_for = "1s"
-[uplinks.fiber]
-interface = "fiber"
-[uplinks.lte]
-interface = "lte"
+CONFIG = f"""{PROBE}{UPLINKS}
 [[policies]]
 name = "secret"
 match = {{ from = ["{LAN[1]}", "{LAN6[1]}"] }}
@@ -36,10 +21,6 @@ fallback = "unreachable"
 [default]
 via = ["fiber", "lte"]
 """
-
-
-def up(daemon: Daemon) -> bool:
-    return all(uplink["state"] == "up" for uplink in daemon.status()["uplinks"])
 
 
 def shown(lab: Lab) -> str:
@@ -76,7 +57,7 @@ class Writes:
 @pytest.mark.parametrize("source", [LAN[1], LAN6[1]], ids=["ipv4", "ipv6"])
 def test_a_kill_switch_lets_nothing_out_whatever_happens(lab: Lab, daemon: StartDaemon, source: str) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     family = "ip6" if ":" in source else "ip"
     leaks = lab.counter(f"{family} saddr {source}")
     stream = lab.traffic(rate=2000, src=source)
@@ -121,13 +102,13 @@ def test_a_restart_under_load_loses_nothing_and_writes_nothing(
     lab: Lab, daemon: StartDaemon, tmp_path: Path, number: int
 ) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     stream = lab.traffic(rate=1000)
     writes = Writes(lab, tmp_path)
     for _ in range(3):
         pbrd.stop(number)
         pbrd.restart()
-        eventually(lambda: up(pbrd))
+        eventually(lambda: all_up(pbrd))
     assert writes.seen() == ""
     result = stream.stop()
     assert result.lost == 0
@@ -139,7 +120,7 @@ def test_a_restart_goes_on_with_an_uplink_that_was_not_up(
     lab: Lab, daemon: StartDaemon, tmp_path: Path, state: str
 ) -> None:
     pbrd = daemon(lab, HEAD + CONFIG.replace('stable_for = "1s"', 'stable_for = "30s"'))
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     lab.silence(0)
     eventually(lambda: pbrd.uplink("fiber")["state"] == "down")
     if state == "recovering":
@@ -155,12 +136,12 @@ def test_a_restart_goes_on_with_an_uplink_that_was_not_up(
 
 def test_a_reload_with_an_equal_config_writes_nothing(lab: Lab, daemon: StartDaemon, tmp_path: Path) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     writes = Writes(lab, tmp_path)
     reloaded = pbrd.reload("# the same\n" + HEAD + CONFIG)
     assert (reloaded.returncode, reloaded.stdout) == (0, "nothing changed\n")
     assert writes.seen() == ""
-    assert up(pbrd)
+    assert all_up(pbrd)
 
 
 def test_a_bad_config_is_refused_and_the_old_one_stays(lab: Lab, daemon: StartDaemon, tmp_path: Path) -> None:
@@ -187,7 +168,7 @@ def test_sighup_reloads(lab: Lab, daemon: StartDaemon) -> None:
 
 def test_reloads_under_load_cost_nobody_a_packet(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     default, secret = lab.traffic(rate=1000), lab.traffic(rate=1000, src=LAN[1])
     more = "".join(
         f'[[policies]]\nname = "p{n}"\nmatch = {{ to = "10.{n}.0.0/16" }}\nvia = ["fiber", "lte"]\n'
@@ -266,7 +247,7 @@ def test_a_foreign_default_in_our_table_is_left_alone(lab: Lab, daemon: StartDae
 
 def test_what_others_delete_is_back_within_milliseconds(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     before = shown(lab)
     for words in (
         ("rule", "del", "priority", "11000"),
@@ -299,7 +280,7 @@ def test_an_endless_fight_is_limited_and_named(lab: Lab, daemon: StartDaemon) ->
 
 def test_status_follows_the_contract(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     shown = pbrd.command("status", "--json")
     document = json.loads(shown.stdout)
     assert shown.returncode == 0
@@ -357,13 +338,13 @@ def test_exit_codes_without_a_daemon_and_with_a_second_one(lab: Lab, daemon: Sta
 
 def test_another_mask_and_other_priorities_by_reload(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     stream = lab.traffic(rate=1000)
     assert pbrd.reload(HEAD + "fwmark_mask = 0x00f00000\nrule_priority = 2000\n" + CONFIG).returncode == 0
     rules = lab.run(lab.router, "ip", "rule").stdout
     assert "fwmark 0xf00000/0xf00000" in rules
     assert not [line for line in rules.splitlines() if line.startswith("1") and "proto 112" in line]
     time.sleep(1)
-    assert up(pbrd)
+    assert all_up(pbrd)
     result = stream.stop()
     assert (result.path, result.lost) == (["fiber"], 0)

@@ -4,27 +4,10 @@ import socket
 import time
 
 import pytest
-from conftest import Daemon, MakeLab, StartDaemon, eventually
+from conftest import HEAD, PROBE, UPLINKS, MakeLab, StartDaemon, all_up, eventually
 
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab, Uplink
 
-HEAD = f"""
-[daemon]
-names = ""
-[probe]
-targets = ["{TARGETS[2]}", "{TARGETS6[2]}"]
-interval = "200ms"
-timeout = "200ms"
-confirm_interval = "50ms"
-rise = 3
-stable_for = "1s"
-"""
-UPLINKS = """
-[uplinks.fiber]
-interface = "fiber"
-[uplinks.lte]
-interface = "lte"
-"""
 POLICIES = f"""
 [[policies]]
 name = "backups"
@@ -33,12 +16,7 @@ via = ["lte", "fiber"]
 [default]
 via = ["fiber", "lte"]
 """
-CONFIG = HEAD + UPLINKS + POLICIES
-
-
-def up(daemon: Daemon) -> bool:
-    uplinks = daemon.status()["uplinks"]
-    return bool(uplinks) and all(uplink["state"] == "up" for uplink in uplinks)
+CONFIG = HEAD + PROBE + UPLINKS + POLICIES
 
 
 def default_of(lab: Lab, table: int) -> str:
@@ -52,7 +30,7 @@ def test_probes_of_the_standby_never_leave_by_the_active_uplink(lab: Lab, daemon
         f"ip6 daddr {TARGETS6[2]} icmpv6 type echo-request ip6 saddr {lab.uplinks[1].address6}"
     )
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     lab.silence(1)
     eventually(lambda: pbrd.uplink("lte")["state"] == "down")
     eventually(lambda: seen.read()["lte"] > 8 and seen6.read()["lte"] > 8)
@@ -70,8 +48,8 @@ def test_two_uplinks_with_the_same_gateway_and_subnet(make_lab: MakeLab, daemon:
             Uplink("lte", address="10.0.9.3", gateway="10.0.9.1", address6="off"),
         )
     )
-    pbrd = daemon(lab, HEAD + UPLINKS + POLICIES.replace(f', "{LAN6[1]}"', ""))
-    eventually(lambda: up(pbrd))
+    pbrd = daemon(lab, HEAD + PROBE + UPLINKS + POLICIES.replace(f', "{LAN6[1]}"', ""))
+    eventually(lambda: all_up(pbrd))
     assert lab.exit_of() == "fiber"
     assert lab.exit_of(src=LAN[1]) == "lte"
     lab.silence(0)
@@ -82,9 +60,14 @@ def test_two_uplinks_with_the_same_gateway_and_subnet(make_lab: MakeLab, daemon:
 def test_a_gateway_outside_every_prefix(make_lab: MakeLab, daemon: StartDaemon) -> None:
     """Hosters give a /32 address and a gateway that only `onlink` reaches."""
     lab = make_lab((Uplink("fiber", prefix=32), Uplink("lte")))
-    text = HEAD + UPLINKS.replace('"fiber"', f'"fiber"\ngateway = "{lab.uplinks[0].gateway}"', 1) + POLICIES
+    text = (
+        HEAD
+        + PROBE
+        + UPLINKS.replace('"fiber"', f'"fiber"\ngateway = "{lab.uplinks[0].gateway}"', 1)
+        + POLICIES
+    )
     pbrd = daemon(lab, text)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     assert "onlink" in default_of(lab, 200)
     assert lab.exit_of() == "fiber"
 
@@ -93,8 +76,8 @@ def test_a_point_to_point_uplink(make_lab: MakeLab, daemon: StartDaemon) -> None
     lab = make_lab((Uplink("fiber"), Uplink("wg0", point_to_point=True)))
     uplinks = '[uplinks.fiber]\ninterface = "fiber"\n'
     uplinks += '[uplinks.wg0]\ninterface = "wg0"\ngateway = "none"\ngateway6 = "none"\n'
-    pbrd = daemon(lab, HEAD + uplinks + POLICIES.replace('"lte"', '"wg0"'))
-    eventually(lambda: up(pbrd))
+    pbrd = daemon(lab, HEAD + PROBE + uplinks + POLICIES.replace('"lte"', '"wg0"'))
+    eventually(lambda: all_up(pbrd))
     assert default_of(lab, 201).startswith("default dev wg0")
     assert lab.exit_of(src=LAN[1]) == "wg0"
     assert lab.exit_of(src=LAN6[1]) == "wg0"
@@ -103,7 +86,7 @@ def test_a_point_to_point_uplink(make_lab: MakeLab, daemon: StartDaemon) -> None
 def test_dhcp_brings_another_gateway_and_the_same_one_again(lab: Lab, daemon: StartDaemon) -> None:
     """opnsense/core#5956, #7635: follow the new one; the same one again must cause nothing."""
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     transitions = pbrd.uplink("fiber")["transitions"]
     again = f"route replace default via {lab.uplinks[0].gateway} dev fiber proto dhcp metric 100"
     stream = lab.traffic(rate=1000)
@@ -122,7 +105,7 @@ def test_dhcp_brings_another_gateway_and_the_same_one_again(lab: Lab, daemon: St
 
 def test_dhcp_brings_another_address_and_subnet(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     lab.ip(
         lab.uplinks[0].isp, "addr add 10.55.0.1/24 dev gw\nroute add 192.168.100.0/24 via 10.55.0.2 metric 1"
     )
@@ -141,7 +124,7 @@ def test_an_address_that_goes_for_a_moment_takes_its_routes_along_silently(
 ) -> None:
     """keepalived#1719, and every restart of systemd-networkd: no route event tells of it."""
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     transitions = pbrd.uplink("fiber")["transitions"]
     gateway = lab.uplinks[0].gateway
     for _ in range(5):
@@ -159,7 +142,7 @@ def test_an_address_that_goes_for_a_moment_takes_its_routes_along_silently(
 def test_an_interface_that_vanishes_and_returns_with_another_index(lab: Lab, daemon: StartDaemon) -> None:
     """ppp, wg, USB modems (firehol#216): no error loop meanwhile, and everything back afterwards."""
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     rules = lab.run(lab.router, "ip", "rule").stdout
     lab.unplug(1)
     eventually(lambda: pbrd.uplink("lte")["reason"] == "missing", within=1)
@@ -189,7 +172,7 @@ def test_an_uplink_that_is_not_there_at_the_start(lab: Lab, daemon: StartDaemon)
 def test_admin_down_and_up(lab: Lab, daemon: StartDaemon) -> None:
     """The kernel drops the routes of all tables, and tells nobody (IPv4); they come back with the link."""
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     stream = lab.traffic(rate=1000)
     time.sleep(0.2)
     lab.admin(0, False)
@@ -205,7 +188,7 @@ def test_admin_down_and_up(lab: Lab, daemon: StartDaemon) -> None:
 
 def test_a_gateway_that_is_gone_is_no_gateway(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     for family in ("-4", "-6"):
         lab.run(lab.router, "ip", family, "route", "del", "default", "dev", "fiber", "metric", "100")
     eventually(lambda: pbrd.uplink("fiber")["reason"] == "no-gateway", within=2)
@@ -216,13 +199,13 @@ def test_a_gateway_that_is_gone_is_no_gateway(lab: Lab, daemon: StartDaemon) -> 
 def test_short_carrier_losses_are_all_seen(lab: Lab, daemon: StartDaemon) -> None:
     """The kernel's linkwatch holds back a second change within a second (opnsense/core#4160)."""
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     for _ in range(4):
         lab.carrier(0, False)
         eventually(lambda: pbrd.uplink("fiber")["reason"] == "no-carrier", within=0.5)
         lab.carrier(0, True)
         eventually(lambda: pbrd.uplink("fiber")["reason"] != "no-carrier", within=0.5)
-    eventually(lambda: up(pbrd), within=15)
+    eventually(lambda: all_up(pbrd), within=15)
     assert lab.exit_of() == "fiber"
 
 
@@ -258,7 +241,7 @@ def test_a_neighbour_in_an_uplinks_own_subnet_is_reached_directly(lab: Lab, daem
 def test_a_local_firewall_that_drops_our_probes_fails_nothing_over(lab: Lab, daemon: StartDaemon) -> None:
     """A probe that can't be sent is a reason of its own, not a lost packet."""
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     lab.nft(
         lab.router,
         """table inet fw { chain out { type filter hook output priority 0;
@@ -275,7 +258,7 @@ def test_netlink_overflow_means_look_again(lab: Lab, daemon: StartDaemon) -> Non
     from signal import SIGCONT, SIGSTOP
 
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     pbrd.signal(SIGSTOP)
     flood = "\n".join(
         f"rule add priority 5000 from 10.{n >> 8}.{n & 255}.0/24 lookup 5000" for n in range(20000)
@@ -295,7 +278,7 @@ def test_churn_in_the_main_table_does_not_reach_the_daemon(lab: Lab, daemon: Sta
     )
     lab.ip(lab.router, feed)
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
 
     def cpu() -> int:
         with open(f"/proc/{pbrd.pid}/stat") as file:
@@ -320,7 +303,7 @@ def test_churn_in_the_main_table_does_not_reach_the_daemon(lab: Lab, daemon: Sta
 def test_curl_by_interface_leaves_by_an_uplink_that_is_down(lab: Lab, daemon: StartDaemon) -> None:
     """Tables of a dead uplink stay for bound sockets (openwrt/packages#4721): one can look why it is dead."""
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: up(pbrd))
+    eventually(lambda: all_up(pbrd))
     lab.nft(lab.uplinks[1].isp, "add rule inet fault silence ip protocol icmp drop")
     eventually(lambda: pbrd.uplink("lte")["ipv4"]["state"] == "down")
     assert lab.exit_of(local=True, device="lte") == "lte"
