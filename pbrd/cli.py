@@ -192,7 +192,7 @@ def check(arguments: Arguments) -> int:
     from pathlib import Path
 
     from pbrd.config import load, warnings
-    from pbrd.rules import rule_count
+    from pbrd.routing import rule_count
 
     file = arguments.file or arguments.config or CONFIG_FILE
     config = load(Path(file))

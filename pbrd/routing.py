@@ -11,7 +11,10 @@ best-effort. docs/how-it-works.md shows the whole layout.
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from pbrd.classes import classify, uses_nft
+from pbrd.classrules import class_bands, mark_rules
 from pbrd.health import Reason
+from pbrd.marks import FIRST, blocks_of, marks_of
 from pbrd.objects import (
     IPV6_METRIC,
     DefaultRoute,
@@ -136,25 +139,36 @@ def wanted_sysctls(uplink: Uplink, family: Family, link: Link) -> Iterator[Sysct
             yield Sysctl(family, uplink.interface, "rp_filter", 2)
 
 
+def wanted_rules(
+    config: Config, family: Family, links: Mapping[str, Link], standings: Mapping[Key, Standing], block: int
+) -> Iterator[Rule]:
+    """Yield all rules of a family."""
+    yield from fixed_rules(config, family)
+    yield from address_rules(config, family, links)
+    yield from policy_rules(config, family, standings, links)
+    if uses_nft(config):
+        yield from mark_rules(config, family, block, standings)
+
+
 def desired(
     config: Config,
     families: Iterable[Family],
     links: Mapping[str, Link],
     hops: Mapping[Key, NextHop | None],
     standings: Mapping[Key, Standing],
+    block: int = FIRST,
 ) -> KernelState:
     """Return what the kernel should hold, given the config and the facts.
 
     `families` are those that the kernel has at all. `hops` and `standings` have an entry for each of
-    `keys_of(config, families)`. Pure: equal arguments, equal state, whatever happened before.
+    `keys_of(config, families)`. `block` is the first class of the nftables table, where there is one. Pure:
+    equal arguments, equal state, whatever happened before.
     """
     routes: set[Route] = set()
     rules: set[Rule] = set()
     sysctls: set[Sysctl] = set()
     for family in families:
-        rules.update(fixed_rules(config, family))
-        rules.update(address_rules(config, family, links))
-        rules |= policy_rules(config, family, standings, links)
+        rules.update(wanted_rules(config, family, links, standings, block))
         for uplink in config.uplinks:
             if not has_family(uplink, family):
                 continue
@@ -163,6 +177,11 @@ def desired(
             if link is not None:
                 sysctls.update(wanted_sysctls(uplink, family, link))
     return KernelState(frozenset(routes), frozenset(rules), frozenset(sysctls), tables=table_names(config))
+
+
+def rule_count(config: Config) -> int:
+    """Return how many rules `config` makes, both families, without those of the uplinks' addresses."""
+    return sum(len(set(wanted_rules(config, family, {}, {}, FIRST))) for family in Family)
 
 
 def adopted_standings(config: Config, state: KernelState) -> dict[Key, Standing]:
@@ -186,20 +205,27 @@ def _demoted(config: Config, state: KernelState) -> set[Key]:
     """Return the uplinks that stand behind one which comes after them in a policy's `via`."""
     found: set[Key] = set()
     names = {uplink.table: uplink.name for uplink in config.uplinks}
-    for policy, first, last in policy_bands(config):
+    rows = [(policy.via, first, last) for policy, first, last in policy_bands(config)]
+    if uses_nft(config):
+        rows += class_bands(config)
+    for via, first, last in rows:
         for family in Family:
-            rows = sorted(
-                {
-                    (r.priority, names.get(r.table, ""))
-                    for r in state.rules
-                    if r.family is family and first <= r.priority < last
-                }
-            )
-            place = {name: priority for priority, name in reversed(rows) if name in policy.via}
-            for better, worse in _pairs(policy.via):
+            here = [r for r in state.rules if r.family is family and first <= r.priority < last]
+            place = {names.get(rule.table, ""): rule.priority for rule in here}
+            for better, worse in _pairs(via):
                 if better in place and worse in place and place[worse] < place[better]:
                     found.add((better, family))
     return found
+
+
+def adopted_block(config: Config, state: KernelState) -> int:
+    """Return the first class of the nftables table that the rules in the kernel were made for."""
+    classes = marks_of(config).classes
+    unit = classes & -classes
+    marks = [rule.fwmark for rule in state.rules if rule.fwmark is not None and unit]
+    whole = [mark.value // unit - 1 for mark in marks if mark.mask == classes]
+    first = min(whole, default=FIRST)
+    return first if first in blocks_of(config, len(classify(config).classes)) else FIRST
 
 
 def _pairs(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:

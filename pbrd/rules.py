@@ -11,11 +11,12 @@ computed from values; docs/how-it-works.md shows the bands of priorities and why
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import ip_network
 from itertools import product
 
+from pbrd.classes import needs_nft, too_many, uses_nft
 from pbrd.objects import MAIN_TABLE, Action, Key, Link, Rule, Standing
 from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Mark, Match, Policy, Uplink
 
@@ -25,10 +26,13 @@ ICMP, ICMPV6 = 1, 58
 PROBES, PROBES_END = 0, 99
 PINS = 100
 OVERRIDES, OVERRIDES_WIDTH = 400, 500
+CLASS_OVERRIDES, CLASS_OVERRIDES_WIDTH = 700, 200  # of OVERRIDES, where nftables is in use
 MAIN_SPECIFIC = 900
 POLICIES, POLICIES_WIDTH = 1000, 19800
+CLASSES, CLASSES_WIDTH = 10900, 9900  # of POLICIES, where nftables is in use
 ADDRESSES = 20800
 BOUND = 20900
+DEFAULT_PINS = 20999
 DEFAULT, DEFAULT_WIDTH = 21000, 1000
 STRIDES = (100, 50, 20, 10, 5, 2, 1)  # priorities between two policies: the largest that fits its band
 
@@ -62,14 +66,16 @@ def probe_mark(config: Config) -> Mark:
     return Mark(config.daemon.fwmark_mask, config.daemon.fwmark_mask)
 
 
-def ranked(policy: Policy, family: Family, standings: Mapping[Key, Standing]) -> tuple[str, ...]:
-    """Return `via` in the order in which new connections try it: who is not preferred stands behind."""
+def by_preference(
+    names: tuple[str, ...], family: Family, standings: Mapping[Key, Standing]
+) -> tuple[str, ...]:
+    """Return `names` in the order in which new connections try them: who is not preferred stands behind."""
 
     def behind(name: str) -> bool:
         standing = standings.get((name, family))
         return standing is not None and not standing.preferred
 
-    return tuple(sorted(policy.via, key=behind))
+    return tuple(sorted(names, key=behind))
 
 
 def selectors(match: Match, family: Family, interfaces: Iterable[str]) -> tuple[dict[str, object], ...]:
@@ -121,6 +127,7 @@ class _Compiler:
     family: Family
     standings: Mapping[Key, Standing]
     interfaces: tuple[str, ...]
+    unmarked: bool = False  # nftables decides for what it has marked; these are for a socket's first look
 
     def uplink(self, name: str) -> Uplink | None:
         """Return the uplink if this family may leave by it."""
@@ -130,7 +137,7 @@ class _Compiler:
     def policy(self, policy: Policy, priority: int) -> Iterator[Rule]:
         """Yield the rules of one policy, from `priority` up: `via` as ranked, then the fallback."""
         matches = selectors(policy.match, self.family, self.interfaces)
-        for offset, name in enumerate(ranked(policy, self.family, self.standings)):
+        for offset, name in enumerate(by_preference(policy.via, self.family, self.standings)):
             uplink = None if name == MAIN else self.uplink(name)
             if name == MAIN or uplink is not None:
                 table = uplink.table if uplink else MAIN_TABLE
@@ -148,7 +155,14 @@ class _Compiler:
         self, matches: Iterable[dict[str, object]], priority: int, action: Action, table: int
     ) -> Iterator[Rule]:
         for match in matches:
-            yield Rule(self.family, priority, action, table, **match)  # type: ignore[arg-type]  # names are Rule's
+            rule = Rule(self.family, priority, action, table, **match)  # type: ignore[arg-type]  # names are Rule's
+            yield without_mark(rule, self.config.daemon.fwmark_mask) if self.unmarked else rule
+
+
+def without_mark(rule: Rule, mask: int) -> Rule:
+    """Return `rule` for packets only that bear none of the bits of `mask`."""
+    foreign = rule.fwmark or Mark(0, 0)
+    return replace(rule, fwmark=Mark(foreign.value, foreign.mask | mask))
 
 
 def stride_of(count: int, width: int) -> int:
@@ -170,7 +184,8 @@ def fixed_rules(config: Config, family: Family) -> Iterator[Rule]:
         if has_family(uplink, family):
             interface, k = uplink.interface, uplink.index
             yield Rule(family, base + PROBES + k, table=uplink.path_table, oif=interface, fwmark=probe)
-            yield Rule(family, base + PINS + k + 1, table=uplink.table, fwmark=pin_mark(config, uplink))
+            if not uses_nft(config):
+                yield Rule(family, base + PINS + k + 1, table=uplink.table, fwmark=pin_mark(config, uplink))
             yield Rule(family, base + BOUND + k, table=uplink.path_table, oif=interface)
     yield Rule(family, base + PROBES_END, Action.UNREACHABLE, fwmark=probe)
     yield Rule(family, base + MAIN_SPECIFIC, table=MAIN_TABLE, suppress_prefixlength=0)
@@ -197,8 +212,12 @@ def _policy_rules(
 ) -> frozenset[Rule]:
     """Return the rules of all policies. Cached: a failover changes routes and must not pay for these."""
     compiler = _Compiler(config, family, dict(standings), interfaces)
-    bands = policy_bands(config)
-    return frozenset(rule for policy, first, _ in bands for rule in compiler.policy(policy, first))
+    judged = replace(compiler, unmarked=uses_nft(config))
+    return frozenset(
+        rule
+        for policy, first, _ in policy_bands(config)
+        for rule in (compiler if policy is config.default else judged).policy(policy, first)
+    )
 
 
 def policy_rules(
@@ -215,13 +234,19 @@ def policy_rules(
 
 
 def bands(config: Config) -> tuple[tuple[list[Policy], int, int], ...]:
-    """Return the policies of each band, with its first priority (relative) and its width."""
-    overrides = [p for p in config.policies if p.match.override_main]
-    others = [p for p in config.policies if not p.match.override_main]
+    """Return the policies that are rules of their own, by bands, with first priority (relative) and width.
+
+    Where nftables judges, they serve local sockets, whose source address is chosen before: as long as they
+    are few.
+    """
+    nft = uses_nft(config)
+    policies = [] if nft and too_many(config) else [p for p in config.policies if not needs_nft(p)]
+    overrides = [p for p in policies if p.match.override_main]
+    others = [p for p in policies if not p.match.override_main]
     default = [config.default] if config.default else []
     return (
-        (overrides, OVERRIDES, OVERRIDES_WIDTH),
-        (others, POLICIES, POLICIES_WIDTH),
+        (overrides, OVERRIDES, CLASS_OVERRIDES - OVERRIDES if nft else OVERRIDES_WIDTH),
+        (others, POLICIES, CLASSES - POLICIES if nft else POLICIES_WIDTH),
         (default, DEFAULT, DEFAULT_WIDTH),
     )
 
@@ -233,11 +258,6 @@ def without_room(config: Config) -> tuple[Policy, int] | None:
         if stride_of(len(policies), width) < widest:
             return policies[-1], width // min(s for s in STRIDES if s >= min(widest, STRIDES[0]))
     return None
-
-
-def rule_count(config: Config) -> int:
-    """Return how many rules `config` makes, both families, without those of the uplinks' addresses."""
-    return sum(len({*fixed_rules(config, f), *policy_rules(config, f, {}, {})}) for f in Family)
 
 
 def policy_bands(config: Config) -> Iterator[tuple[Policy, int, int]]:

@@ -11,7 +11,7 @@ from pbrd.health import Health, Reason, State
 from pbrd.objects import KernelState, Key, Link, Standing
 from pbrd.paths import Paths
 from pbrd.routing import path_fault
-from pbrd.rules import has_family, policy_families, ranked
+from pbrd.rules import by_preference, has_family, policy_families
 from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Policy, Uplink
 from pbrd.status import (
     FamilyChoice,
@@ -132,7 +132,7 @@ def _rounded(ratio: float | None) -> float | None:
 def chosen(view: View, policy: Policy, family: Family) -> str | None:
     """Return the uplink that new connections of `policy` take now; "main" counts as usable."""
     standings = view.standings
-    for name in ranked(policy, family, standings):
+    for name in by_preference(policy.via, family, standings):
         standing = standings.get((name, family))
         if name == MAIN or (standing is not None and standing.usable):
             return name

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 # that layer is in PEERS, and never in a circle. Modules that aren't written yet may be absent.
 PURE = frozenset({
     "errors", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
+    "marks", "classes", "classrules", "eviction", "schedule", "prefixes",
     "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths",
     "explain", "status", "snapshot", "events", "tables", "topology",
 })  # fmt: skip
@@ -26,12 +27,12 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
-        "hooks", "log", "drift",
+        "hooks", "log", "cgroups", "drift",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
     ("offline", frozenset({"offline"})),  # what the daemon does at its start and end, and the CLI without one
     ("daemon", frozenset({"daemon"})),
-    ("demo", frozenset({"demo", "watch"})),  # commands that live on for a while
+    ("demo", frozenset({"demo", "watch", "use"})),  # commands that live on for a while
     ("cli", frozenset({"cli"})),
     ("main", frozenset({"__main__"})),
 )  # fmt: skip

@@ -1,0 +1,147 @@
+"""Classes: how policies add up for one connection, and what of it must be evicted when health changes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pbrd.classes import UNDECIDED, Class, Outcome, classify
+from pbrd.config import parse
+from pbrd.eviction import evictions
+from pbrd.marks import blocks_of, marks_of
+from pbrd.objects import Key, Standing
+from pbrd.ruleset import shares
+from pbrd.settings import Config, Failback, Fallback, Family
+
+UP, DOWN = Standing(usable=True, preferred=True), Standing(usable=False, preferred=True)
+RECOVERING = Standing(usable=True, preferred=False)
+
+
+def config(text: str, uplinks: int = 2) -> Config:
+    names = ("fiber", "lte", "wg", "sat")[:uplinks]
+    sections = "".join(f'[uplinks.{name}]\ninterface = "{name}"\nnat = true\n' for name in names)
+    return parse([("pbrd.toml", sections + text)], allow_unsupported=True)
+
+
+def policy(name: str, via: str, fallback: str = "next", more: str = "") -> str:
+    match = f'{{ mac = "52:54:00:00:00:{len(name):02x}" }}'
+    return f'[[policies]]\nname = "{name}"\nmatch = {match}\nvia = {via}\nfallback = "{fallback}"\n{more}\n'
+
+
+def test_a_policy_with_next_goes_on_and_another_ends_it() -> None:
+    found = classify(config(policy("a", "['lte']") + policy("bb", "['fiber']", "unreachable")))
+    assert found.classes == (
+        UNDECIDED,
+        Class(normal=(("lte",),)),
+        Class(normal=(("fiber",),), end=Fallback.UNREACHABLE),
+        Class(normal=(("lte",), ("fiber",)), end=Fallback.UNREACHABLE),
+    )
+    assert found.steps == (((0, 1),), ((0, 2), (1, 3)))
+
+
+def test_policies_that_say_the_same_share_their_classes() -> None:
+    many = "".join(policy("x" * (n + 1), "['lte', 'fiber']", "blackhole") for n in range(30))
+    assert len(classify(config(many)).classes) == 2
+
+
+@given(
+    st.lists(
+        st.tuples(st.permutations(["fiber", "lte", "wg"]), st.integers(1, 3), st.sampled_from(Fallback)),
+        max_size=5,
+    )
+)
+def test_a_connection_tries_what_its_policies_say_in_order_until_one_ends_it(
+    policies: list[tuple[list[str], int, Fallback]],
+) -> None:
+    way = UNDECIDED
+    for names, count, fallback in policies:
+        way = way.then(Outcome(tuple(names[:count]), fallback, Failback.GRACEFUL, override=False))
+    tried: list[str] = []
+    for names, count, fallback in policies:
+        tried += [name for name in names[:count] if name not in tried]
+        if fallback is not Fallback.NEXT:
+            break
+    assert list(way.uplinks) == tried
+
+
+def test_blocks_of_classes_are_disjoint_and_fit_the_mask() -> None:
+    made = config(policy("a", "['lte']"))
+    count = len(classify(made).classes)
+    firsts = blocks_of(made, count)
+    numbers = [first + place for first in firsts for place in range(count)]
+    assert len(set(numbers)) == len(numbers)
+    marks = marks_of(made)
+    assert all(marks.class_(number) & ~marks.classes == 0 for number in numbers)
+    assert all(marks.class_(number) != marks.classes for number in numbers)
+
+
+weights = st.lists(st.integers(1, 20), min_size=1, max_size=5)
+
+
+@given(weights, st.data())
+def test_the_hash_space_is_shared_exactly(given_weights: list[int], data: st.DataObject) -> None:
+    balance = [(f"u{n}", weight) for n, weight in enumerate(given_weights)]
+    names = [name for name, _ in balance]
+    usable = data.draw(st.sets(st.sampled_from(names)))
+    whole, now = shares(balance, frozenset(names)), shares(balance, frozenset(usable))
+    for slots in (whole, now):  # every slot once, none left out
+        numbers = [number for _, part in slots for number in range(part.first, part.last + 1)]
+        assert numbers == list(range(len(numbers)))
+
+    def owners(slots: tuple[tuple[str, object], ...]) -> list[str]:
+        return [name for name, part in slots for _ in range(part.last - part.first + 1)]  # type: ignore[attr-defined]
+
+    if usable and usable == set(names):
+        total = sum(given_weights)
+        assert all(owners(whole).count(n) * total == w * len(owners(whole)) for n, w in balance)
+    if usable:
+        assert set(owners(now)) == usable
+        sizes = {name: owners(now).count(name) for name in usable}
+        assert len({sizes[name] * 1000 // weight for name, weight in balance if name in usable}) == 1
+        fixed = shares(balance, frozenset(usable))
+        assert fixed == now
+
+
+def standings(**given: Standing) -> dict[Key, Standing]:
+    return {(name, Family.IPV4): standing for name, standing in given.items()}
+
+
+DEFAULT = "[default]\nvia = ['fiber', 'lte']\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "after", "evicted"),
+    [
+        (DEFAULT, {"fiber": UP, "lte": UP}, {"fiber": DOWN, "lte": UP}, [(0, "fiber")]),
+        (DEFAULT, {"fiber": UP, "lte": UP}, {"fiber": UP, "lte": DOWN}, [(0, "lte")]),
+        (DEFAULT, {"fiber": UP, "lte": DOWN}, {"fiber": DOWN, "lte": DOWN}, []),  # nobody could take them
+        (DEFAULT, {"fiber": RECOVERING, "lte": UP}, {"fiber": UP, "lte": UP}, []),  # graceful
+        (
+            DEFAULT + "failback = 'immediate'\n",
+            {"fiber": RECOVERING, "lte": UP},
+            {"fiber": UP, "lte": UP},
+            [(0, "lte")],
+        ),
+        (
+            policy("a", "['lte']", "unreachable") + DEFAULT,
+            {"fiber": UP, "lte": UP},
+            {"fiber": UP, "lte": DOWN},
+            [(0, "lte")],  # of class 1 nobody could take them: a kill switch
+        ),
+        (
+            policy("a", "['lte']") + DEFAULT,
+            {"fiber": UP, "lte": UP},
+            {"fiber": UP, "lte": DOWN},
+            [(0, "lte"), (1, "lte")],
+        ),
+    ],
+)  # fmt: skip
+def test_only_what_must_leave_and_can_is_evicted(
+    text: str, before: dict[str, Standing], after: dict[str, Standing], evicted: list[tuple[int, str]]
+) -> None:
+    made = config(text)
+    marks = marks_of(made)
+    found = evictions(made, 2, standings(**before), standings(**after))
+    numbers = {"fiber": 1, "lte": 2}
+    expected = {marks.class_(2 + place) | marks.pin(numbers[name]) for place, name in evicted}
+    assert {one.value for one in found} == expected
+    assert all((one.family, one.mask) == (Family.IPV4, marks.mask) for one in found)
