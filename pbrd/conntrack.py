@@ -4,9 +4,11 @@ An entry that NAT bound to a dead uplink keeps its connection there for as long 
 is gone, the next packet is judged anew. Which entries go is decided in the kernel, in one message.
 """
 
+import asyncio
 import errno
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 
@@ -36,6 +38,7 @@ class Conntrack:
 
     def __init__(self) -> None:
         self.requests: _Requests | None = None
+        self.turn = threading.Lock()
         try:
             self.requests = _Requests(NETLINK_NETFILTER)
         except OSError as error:
@@ -50,7 +53,8 @@ class Conntrack:
     def evict(self, family: Family, value: int, mask: int) -> None:
         """Delete the entries of `family` with mark & mask == value, in one message; none is fine.
 
-        The caller waits meanwhile. Without connection tracking there is nothing to do. Raises KernelError.
+        The caller waits meanwhile: the kernel goes through all entries, in 4 ms if there are 10,000, in 75 ms
+        if there are 100,000. Without connection tracking there is nothing to do. Raises KernelError.
         """
         if self.requests is None:
             return
@@ -58,9 +62,18 @@ class Conntrack:
         for kind, number in ((CTA_MARK, value), (CTA_MARK_MASK, mask)):
             body += struct.pack("=HH", 8, kind) + struct.pack("!I", number)
         request = HEADER.pack(16 + len(body), IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, 0, 0) + body
-        refusal = self.requests.transact([request])[0]
+        with self.turn:
+            refusal = self.requests.transact([request])[0]
         if refusal is not None and refusal.errno not in ABSENT:
             raise refusal
+
+    async def evict_beside(self, evictions: Iterable[tuple[Family, int, int]]) -> None:
+        """Do `evict` for each (family, value, mask) in a thread: the loop goes on. Raises KernelError."""
+        await asyncio.to_thread(self._evict_all, tuple(evictions))
+
+    def _evict_all(self, evictions: tuple[tuple[Family, int, int], ...]) -> None:
+        for family, value, mask in evictions:
+            self.evict(family, value, mask)
 
 
 def destroy_sockets(addresses: Iterable[Address]) -> int:
@@ -92,7 +105,7 @@ def destroy_sockets(addresses: Iterable[Address]) -> int:
 
 
 def _destructions(requests: "_Requests", address: Address) -> Iterator[bytes]:
-    """Yield the requests that end what is bound to `address`; a dual-stack socket is IPv6 with an IPv4 one."""
+    """Yield the requests that end what is bound to `address`; dual-stack sockets are IPv6 with an IPv4 one."""
     families = (Family.IPV4, Family.IPV6) if address.version == 4 else (Family.IPV6,)
     for family in families:
         for message in requests.dump(_socket_dump(family, address)):
