@@ -105,7 +105,7 @@ def destroy_sockets(addresses: Iterable[Address]) -> int:
 
 
 def _destructions(requests: "_Requests", address: Address) -> Iterator[bytes]:
-    """Yield the requests that end what is bound to `address`; dual-stack sockets are IPv6 with an IPv4 one."""
+    """Yield the requests that end what has `address`; dual-stack sockets are IPv6 with an IPv4 one."""
     families = (Family.IPV4, Family.IPV6) if address.version == 4 else (Family.IPV6,)
     for family in families:
         for message in requests.dump(_socket_dump(family, address)):

@@ -6,23 +6,29 @@ touched or marked until nothing is left to do. One task writes to the kernel: th
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from pbrd import __version__, config, control, events, names, offline, snapshot, status, systemd, tables
 from pbrd.drift import Drift
 from pbrd.errors import ConfigError, KernelError
-from pbrd.kernel import Failure, Kernel
+from pbrd.eviction import evictions
+from pbrd.judge import Judge
+from pbrd.kernel import Kernel
 from pbrd.log import open_log
-from pbrd.objects import KernelState, Route
+from pbrd.netfilter import Netfilter, table_steps
+from pbrd.objects import KernelState, Key, Standing
 from pbrd.paths import Paths
-from pbrd.plan import Plan, diff, route_text
+from pbrd.plan import diff
 from pbrd.probe import Path as ProbePath
 from pbrd.probe import Prober
+from pbrd.refusals import Refusals
 from pbrd.routing import adopted_standings, desired
 from pbrd.rules import probe_mark
 from pbrd.settings import Config, OnStop
@@ -32,8 +38,7 @@ REST = 0.002  # seconds between two turns: what arrives meanwhile is taken toget
 RESYNC = 60.0  # seconds between two looks at everything
 WATCH = 1.2  # seconds after a link event in which linkwatch may hold back the next one
 WATCH_PACE = 0.025
-RETRY = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds until a refused step is tried again
-PATIENCE = 5  # tries before a refused step is worth a line
+RETRY = 2.0  # seconds until the kernel is read again that could not be read
 READ_BACKS = 4  # in one turn; then others have a turn
 
 
@@ -45,14 +50,17 @@ class Daemon:
         self.config = config.load(path)
         self.kernel = Kernel(self.config, Originals(state_dir / offline.SYSCTLS))
         self.paths = Paths()
+        self.judge = Judge(self.wake, log.warning, asyncio.get_running_loop())
+        self.netfilter = Netfilter(self.wake, log)
+        self.judged: dict[Key, Standing] = {}  # by what standings connections were last evicted
         self.prober = Prober(probe_mark(self.config).value, self.wake)
         self.awake = asyncio.Event()
         self.disturbed = asyncio.Event()
         self.stopping = asyncio.Event()
+        self.hangup = asyncio.Event()
         self.drift = Drift(self.wake, log)
         self.wanted = KernelState()  # what the last plan was made for
-        self.refused: dict[str, int] = {}  # step → how often the kernel refused it in a row
-        self.blocked: tuple[Route, ...] = ()  # of the last plan: foreign routes stand in their place
+        self.refusals = Refusals(log)
         self.generation = 1
         self.paused = False
         self.last_reload: status.ReloadStatus | None = None
@@ -67,12 +75,23 @@ class Daemon:
         server.open()  # takes the lock: two daemons must not write to one kernel
         try:
             loop.add_reader(self.kernel.listen(), self.wake)
-            self.take_over(self.config)
+            with contextlib.suppress(KernelError):  # a kernel without nftables: fine until it is needed
+                loop.add_reader(self.netfilter.table.listen(), self.wake)
+            await self.take_over(self.config)
             self.log.info("started", event_kind="started", config=str(self.path), version=__version__)
             for number, act in self.signals().items():
                 loop.add_signal_handler(number, act)
             async with asyncio.TaskGroup() as group:
-                tasks = (self.reconcile(), self.watch_links(), self.resync(), self.prober.run(), server.run())
+                tasks = (
+                    self.reconcile(),
+                    self.watch_links(),
+                    self.resync(),
+                    self.tick(),
+                    self.reload_by_signal(),
+                    self.netfilter.keep(),
+                    self.prober.run(),
+                    server.run(),
+                )
                 running = [group.create_task(task) for task in tasks]
                 systemd.notify("READY=1")
                 await self.stopping.wait()
@@ -80,21 +99,23 @@ class Daemon:
                 for task in running:
                     task.cancel()
         finally:
-            self.let_go()
+            await self.let_go()
             server.close()
 
-    def let_go(self) -> None:
+    async def let_go(self) -> None:
         """Leave the kernel as `on_stop` says."""
         on_stop = self.config.daemon.on_stop
         if on_stop is OnStop.FLUSH:
-            offline.flush_kernel(self.kernel, self.config)
+            await offline.flush_all(self.kernel, self.netfilter.table, self.config)
+        self.judge.close()
+        self.netfilter.close()
         self.kernel.close()
         self.log.info("stopped", event_kind="stopped", on_stop=on_stop.value)
 
     def signals(self) -> dict[signal.Signals, Callable[[], object]]:
         """Return what each signal does."""
         return {
-            signal.SIGHUP: self.reload_by_signal,
+            signal.SIGHUP: self.hangup.set,
             signal.SIGTERM: self.stopping.set,
             signal.SIGINT: self.stopping.set,
             signal.SIGUSR1: self.log_state,
@@ -125,6 +146,13 @@ class Daemon:
             self.kernel.changes.everything = True
             self.wake()
 
+    async def tick(self) -> None:
+        """Look at the clock every minute, if there are policies with times."""
+        while True:
+            await asyncio.sleep(60 - time.time() % 60)
+            if any(policy.match.time or policy.match.days for policy in self.config.policies):
+                self.wake()
+
     async def watch_links(self) -> None:
         """Ask for the links in the second after a link event, while the kernel holds the next one back."""
         while True:
@@ -141,6 +169,8 @@ class Daemon:
         """Bring the kernel to what the facts ask for: act from the mirror, then read back until quiet."""
         try:
             self.kernel.collect()
+            self.netfilter.look()
+            self.judge.look(now_here())
             if self.kernel.take_disturbance():
                 self.disturbed.set()
             self.enforce()
@@ -149,10 +179,11 @@ class Daemon:
                     break
                 self.kernel.read()
                 self.enforce()
+            self.evict()
         except KernelError as error:
             self.log.error("kernel refused to be read", reason=str(error))
             self.kernel.changes.everything = True
-            self.later(RETRY[-1])
+            self.later(RETRY)
         self.follow_probes()
         self.publish()
 
@@ -163,40 +194,34 @@ class Daemon:
             self.later(again)
         target = self.target()
         plan = diff(self.kernel.state(), target)
-        self.tell_blocked(plan)
-        unchanged, self.wanted = target == self.wanted, target
+        self.netfilter.want("" if self.paused else self.judge.text(self.paths.standings()))
+        if not self.netfilter.settled:
+            plan = plan.additions()
+        self.refusals.tell_blocked(plan)
+        unchanged = target == self.wanted
+        self.wanted = target if self.netfilter.settled else KernelState()  # what is held back is no drift
         if self.paused or not plan:
-            self.refused.clear()
-        elif self.drift.allows(plan, unchanged, self.refused):
-            self.note_refusals(plan, self.kernel.apply(plan))
+            self.refusals.clear()
+        elif self.drift.allows(plan, unchanged, self.refusals.counts):
+            retry = self.refusals.note(plan, self.kernel.apply(plan))
+            if retry is not None:
+                self.later(retry)
 
     def target(self) -> KernelState:
         """Return what the kernel should hold now."""
-        kernel, paths = self.kernel, self.paths
-        return desired(self.config, kernel.families, kernel.links, paths.hops, paths.standings())
+        kernel, paths, judge = self.kernel, self.paths, self.judge
+        standings = paths.standings()
+        return desired(judge.current, kernel.families, kernel.links, paths.hops, standings, judge.block)
 
-    def note_refusals(self, plan: Plan, failures: list[Failure]) -> None:
-        """Try refused steps again, soon and then less often; tell of those that stay refused, once."""
-        counts = {}
-        for failure in failures:
-            text = plan.text(failure.step)
-            counts[text] = self.refused.get(text, 0) + 1
-            if counts[text] == PATIENCE:
-                self.log.warning("kernel refuses a change", step=text, reason=str(failure.error))
-        self.refused = counts
-        if counts:
-            self.later(RETRY[min(*counts.values(), len(RETRY)) - 1])
-
-    def tell_blocked(self, plan: Plan) -> None:
-        """Say once which routes can't be ours because others' stand in their place."""
-        for route in plan.blocked:
-            if route not in self.blocked:
-                self.log.warning(
-                    "a foreign route stands where ours belongs; it is left alone",
-                    route=route_text(route, plan.tables),
-                    remedy="remove it, or give the uplink another table",
-                )
-        self.blocked = plan.blocked
+    def evict(self) -> None:
+        """End the connections that can't stay where they are, now that others can take them."""
+        if self.paused or not self.netfilter.settled:
+            return
+        before, self.judged = self.judged, self.paths.standings()
+        stale, self.judge.stale = self.judge.stale, []
+        self.netfilter.evict(stale)
+        if self.judged != before:
+            self.netfilter.evict(evictions(self.judge.current, self.judge.block, before, self.judged))
 
     def follow_probes(self) -> None:
         """Probe over the interfaces that are there."""
@@ -261,8 +286,8 @@ class Daemon:
         return {
             "Status": control.Handler(lambda _: status.to_json(self.snapshot())),
             "Plan": control.Handler(self.answer_plan, root_parameters=frozenset({"config"})),
-            "Reload": control.Handler(lambda _: self.reload(), changes=True),
-            "Flush": control.Handler(lambda _: {"removed": self.pause()}, changes=True),
+            "Reload": control.Handler(self.reload, changes=True),
+            "Flush": control.Handler(self.pause, changes=True),
         }
 
     def request_failed(self, method: str, error: Exception) -> None:
@@ -276,14 +301,15 @@ class Daemon:
         self.kernel.changes.everything = True
         self.kernel.read()
         self.wake()
-        return {"steps": list(diff(self.kernel.state(), self.target()).lines())}
+        steps = diff(self.kernel.state(), self.target()).lines()
+        return {"steps": [*steps, *table_steps(self.netfilter.applied, self.netfilter.text)]}
 
-    def reload(self) -> dict[str, Any]:
+    async def reload(self, _: dict[str, Any] | None = None) -> dict[str, Any]:
         """Take the config anew. Raises ConfigError, and then nothing has changed."""
         systemd.reloading()
         try:
             fresh = config.load(self.path)
-            changed = self.take_over(fresh)
+            changed = await self.take_over(fresh)
         except ConfigError as error:
             self.last_reload = status.ReloadStatus(snapshot.iso(time.time()), ok=False, error=str(error))
             self.log.error("reload refused", event_kind="reload-refused", reason=str(error))
@@ -295,20 +321,24 @@ class Daemon:
         self.log.info("reloaded", event_kind="reload", generation=self.generation, changes=len(changed))
         return {"changed": changed, "generation": self.generation}
 
-    def reload_by_signal(self) -> None:
-        """Reload because of SIGHUP: who sent it looks into the log."""
-        try:
-            self.reload()
-        except ConfigError:
-            return
+    async def reload_by_signal(self) -> None:
+        """Reload at every SIGHUP: who sent it looks into the log."""
+        while True:
+            await self.hangup.wait()
+            self.hangup.clear()
+            with contextlib.suppress(ConfigError):
+                await self.reload()
 
-    def take_over(self, fresh: Config) -> list[str]:
+    async def take_over(self, fresh: Config) -> list[str]:
         """Put a config into force, adopting what the kernel holds; return the lines of what changed there."""
         self.kernel.follow(fresh)
         self.kernel.read()
-        before = self.kernel.state()
-        self.paths.follow(fresh, self.kernel.families, adopted_standings(fresh, before), time.monotonic())
-        self.config = fresh
+        self.netfilter.adopt()
+        before, table = self.kernel.state(), self.netfilter.applied
+        self.config = self.judge.follow(fresh, before, now_here())
+        self.paths.follow(
+            fresh, self.kernel.families, adopted_standings(self.judge.current, before), time.monotonic()
+        )
         self.prober.mark_with(probe_mark(fresh).value)
         self.paused = False
         self.wanted = KernelState()  # what changes now is no drift
@@ -316,24 +346,39 @@ class Daemon:
         if reason:
             self.log.warning("table names are not registered", reason=reason)
         self.turn()
-        return list(diff(before, self.kernel.state()).lines())
+        if not self.netfilter.settled:
+            await self.netfilter.settle()
+            self.wanted = KernelState()
+            self.turn()
+        changed = diff(before, self.kernel.state()).lines()
+        return [*changed, *table_steps(table, self.netfilter.text)]
 
-    def pause(self) -> list[str]:
+    async def pause(self, _: dict[str, Any]) -> dict[str, Any]:
         """Let go of the kernel until a reload."""
         self.paused = True
-        removed = offline.flush_kernel(self.kernel, self.config)
+        removed = await offline.flush_all(self.kernel, self.netfilter.table, self.config)
+        self.netfilter.adopt()
         self.log.warning("paused: nothing of ours is in the kernel until a reload", removed=len(removed))
         self.publish()
-        return removed
+        return {"removed": removed}
+
+
+def now_here() -> datetime:
+    """Return the local time."""
+    return datetime.now().astimezone()
+
+
+async def run(path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> None:
+    """Make a daemon and run it."""
+    await Daemon(path, runtime_dir, state_dir, log).run()
 
 
 def main(path: Path, runtime_dir: Path, state_dir: Path) -> int:
     """Run the daemon in the foreground. Raises ConfigError for a config that can't be used."""
     log = open_log()
-    daemon = Daemon(path, runtime_dir, state_dir, log)
     failed = False
     try:
-        asyncio.run(daemon.run())
+        asyncio.run(run(path, runtime_dir, state_dir, log))
     except* KernelError as group:
         failed = True
         log.error("cannot go on", reason=str(group.exceptions[0]))

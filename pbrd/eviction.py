@@ -50,6 +50,13 @@ def pins_of(config: Config, names: Iterable[str]) -> tuple[Eviction, ...]:
     )
 
 
+def classes_of(config: Config, block: int, size: int) -> tuple[Eviction, ...]:
+    """Return all connections of the `size` classes from `block` up."""
+    marks = marks_of(config)
+    values = [marks.class_(block + place) for place in range(size)]
+    return tuple(Eviction(family, value, marks.classes) for value in values for family in Family)
+
+
 def _ways(config: Config) -> Iterator[Class]:
     """Yield the classes in their order; those that end in `next` go on to `[default]`."""
     default = config.default

@@ -1,8 +1,8 @@
 """The bits of the packet mark that are pbrd's, and what they say where nftables is in use.
 
     fwmark_mask   0xff000000 with three uplinks
-    pin           0x03000000   the uplink that a live connection stays on: its number from 1, 0 is none
-    class         0xfc000000   what the policies decided for the connection: 0 nothing yet, 1 it came in
+    pin           0x07000000   the uplink that a live connection stays on: its number from 1, 0 is none
+    class         0xf8000000   what the policies decided for the connection: 0 nothing yet, 1 it came in
                                from outside, then `classes`; all bits are the mark of probes
 
 The mark of a connection (ct mark) holds the same, in the same bits.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pbrd.settings import Config, Mark, Uplink
 
+USUAL_PINS, ROOMY = 3, 8  # bits for pins, in masks of at least so many bits
 INBOUND = 1  # class of connections that came in by an uplink: policies don't judge them
 FIRST = 2  # the first class that policies may have
 
@@ -44,10 +45,15 @@ class Marks:
 
 
 def marks_of(config: Config) -> Marks:
-    """Return the fields for the uplinks of `config`: as few bits as number them, the rest for classes."""
+    """Return the fields for the uplinks of `config`: the bits that number them, the rest for classes.
+
+    There is room for seven uplinks from the start if the mask allows it, because when the fields change
+    all live connections must begin anew.
+    """
     mask = config.daemon.fwmark_mask
     highest = max((uplink.index for uplink in config.uplinks), default=0) + 1
-    pins = ((1 << highest.bit_length()) - 1) * (mask & -mask) & mask
+    bits = max(highest.bit_length(), USUAL_PINS if mask.bit_count() >= ROOMY else 1)
+    pins = ((1 << bits) - 1) * (mask & -mask) & mask
     return Marks(mask, pins, mask & ~pins)
 
 

@@ -4,11 +4,11 @@ A child `nft -f -` makes the changes. libnftables inside the daemon would be qui
 for ten rules), but 5,000 rules would stop the loop for 200 ms and leave 20 MiB behind.
 
 What lies in the kernel proves itself. The last thing a replacement makes is an empty chain
-`applied_DIGEST`, and the kernel numbers the parts of a table (handles) as they are made, never the same
-number twice: as long as the handles are 1 … N without a gap, and N is that chain's, nobody has added,
-removed or replaced a part since. This needs neither a state file nor a comparison of texts, which nft
-prints differently with every version. It does not see elements of sets and policies of chains: their
-changes are known from events only.
+`applied_DIGEST`, and the kernel numbers the parts of a table (handles) as they are made: as long as these
+are 1 … N without a gap, and N is that chain's, nobody has added or removed a part since. This needs
+neither a state file nor a comparison of texts, which nft prints differently with every version. It does
+not see what others do to elements of sets, to the policy of a chain, or to a rule by `nft replace`, which
+keeps its handle: these are known from events, so not if they happened while no daemon ran.
 """
 
 import asyncio

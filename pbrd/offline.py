@@ -1,11 +1,16 @@
 """`pbrd plan` and `pbrd flush` where no daemon runs."""
 
+import asyncio
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 
 from pbrd import config, names
 from pbrd.errors import ConfigError
+from pbrd.judge import Judge
 from pbrd.kernel import Kernel
+from pbrd.netfilter import table_steps
+from pbrd.nftables import Table
 from pbrd.objects import KernelState, Key, Standing
 from pbrd.plan import diff
 from pbrd.routing import adopted_standings, desired, next_hop
@@ -32,7 +37,11 @@ def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]
             uplink = fresh.uplink(name)
             hops[name, family] = next_hop(uplink, family, links.get(uplink.interface), defaults)
             standings.setdefault((name, family), Standing(usable=True, preferred=True))
-        return list(diff(current, desired(fresh, kernel.families, links, hops, standings)).lines())
+        judge = Judge(lambda: None, lambda *_, **__: None)
+        judge.follow(fresh, current, datetime.now().astimezone())
+        target = desired(judge.current, kernel.families, links, hops, standings, judge.block)
+        steps = diff(current, target).lines()
+        return [*steps, *table_steps(Table().holds(), judge.text(standings))]
     finally:
         kernel.close()
 
@@ -45,9 +54,18 @@ def flush(state_dir: Path, path: Path) -> list[str]:
         current = Config(Daemon(names=""))
     kernel = Kernel(current, Originals(state_dir / SYSCTLS))
     try:
-        return flush_kernel(kernel, current)
+        return asyncio.run(flush_all(kernel, Table(), current))
     finally:
         kernel.close()
+
+
+async def flush_all(kernel: Kernel, table: Table, current: Config) -> list[str]:
+    """Remove all that pbrd put into the kernel, nftables included; return one line for each thing removed."""
+    lines = flush_kernel(kernel, current)
+    held = table.holds()
+    if held is not None:
+        await table.replace("")
+    return [*lines, *table_steps(held, "")]
 
 
 def flush_kernel(kernel: Kernel, current: Config) -> list[str]:

@@ -14,7 +14,7 @@ old nor the new state would have chosen for it.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import chain
 
@@ -48,12 +48,25 @@ class Plan:
     steps: tuple[Step, ...] = ()
     blocked: tuple[Route, ...] = ()
     tables: dict[int, str] = field(default_factory=dict)
+    live: frozenset[int] = frozenset()  # tables that rules will look at
 
     def __bool__(self) -> bool:
         return bool(self.steps)
 
     def __str__(self) -> str:
         return "".join(f"{line}\n" for line in self.lines())
+
+    def additions(self) -> "Plan":
+        """Return the plan without the removal of rules, and of what they look at.
+
+        While another nftables table is on its way, packets bear the old marks: their rules must stay.
+        """
+        kept = [
+            step
+            for step in self.steps
+            if step.verb is not Verb.DELETE or (isinstance(step.item, Route) and step.item.table in self.live)
+        ]
+        return replace(self, steps=tuple(kept))
 
     def lines(self) -> tuple[str, ...]:
         """Return one line for each step in the words of ip(8)."""
@@ -94,7 +107,7 @@ def diff(current: KernelState, desired: KernelState) -> Plan:
         (Step(Verb.DELETE, r) for r in gone if r.table not in still_wanted),
     )
     names = dict(current.tables) | dict(desired.tables) | {MAIN_TABLE: "main"}
-    return Plan(tuple(steps), tuple(_ordered(blocked)), names)
+    return Plan(tuple(steps), tuple(_ordered(blocked)), names, frozenset(still_wanted))
 
 
 def _ordered(routes: Iterable[Route], onlink_first: bool = False) -> list[Route]:

@@ -28,7 +28,16 @@ from pbrd.objects import (
     Sysctl,
     default_network,
 )
-from pbrd.rules import address_rules, fixed_rules, has_family, keys_of, policy_bands, policy_rules
+from pbrd.rules import (
+    BOUND,
+    MOST,
+    address_rules,
+    fixed_rules,
+    has_family,
+    keys_of,
+    policy_bands,
+    policy_rules,
+)
 from pbrd.settings import Config, Family, GatewayMode, Uplink
 
 
@@ -226,6 +235,17 @@ def adopted_block(config: Config, state: KernelState) -> int:
     whole = [mark.value // unit - 1 for mark in marks if mark.mask == classes]
     first = min(whole, default=FIRST)
     return first if first in blocks_of(config, len(classify(config).classes)) else FIRST
+
+
+def adopted_numbers(config: Config, state: KernelState) -> dict[str, int]:
+    """Return how the uplinks of `config` were numbered when the rules in the kernel were made.
+
+    The rules of bound sockets say so: one for each uplink, at its number.
+    """
+    first = config.daemon.rule_priority + BOUND
+    tables = {uplink.path_table: uplink.name for uplink in config.uplinks}
+    rows = {rule.table: rule.priority - first for rule in state.rules if rule.oif and rule.fwmark is None}
+    return {tables[table]: number for table, number in rows.items() if table in tables and 0 <= number < MOST}
 
 
 def _pairs(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -33,6 +33,7 @@ CLASSES, CLASSES_WIDTH = 10900, 9900  # of POLICIES, where nftables is in use
 ADDRESSES = 20800
 BOUND = 20900
 DEFAULT_PINS = 20999
+MOST = 99  # uplinks: what the bands of probes, pins, addresses and bound sockets have room for
 DEFAULT, DEFAULT_WIDTH = 21000, 1000
 STRIDES = (100, 50, 20, 10, 5, 2, 1)  # priorities between two policies: the largest that fits its band
 

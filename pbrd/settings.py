@@ -200,6 +200,10 @@ class Config:
     policies: tuple[Policy, ...] = ()
     default: Policy | None = None
 
+    def __hash__(self) -> int:
+        # Configs are keys of caches in every turn of the loop, and may hold thousands of policies.
+        return hash((self.daemon, self.uplinks, len(self.policies), self.default))
+
     def uplink(self, name: str) -> Uplink:
         """Return the uplink called `name`; KeyError if there is none."""
         for uplink in self.uplinks:

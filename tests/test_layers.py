@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 PURE = frozenset({
     "errors", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
     "marks", "classes", "classrules", "eviction", "schedule", "prefixes",
+    "effective", "units",
     "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths",
     "explain", "status", "snapshot", "events", "tables", "topology",
 })  # fmt: skip
@@ -30,6 +31,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
         "hooks", "log", "cgroups", "drift",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
+    ("netfilter", frozenset({"judge", "netfilter", "refusals"})),  # the daemon's helpmates, over time
     ("offline", frozenset({"offline"})),  # what the daemon does at its start and end, and the CLI without one
     ("daemon", frozenset({"daemon"})),
     ("demo", frozenset({"demo", "watch", "use"})),  # commands that live on for a while

@@ -1,0 +1,136 @@
+"""What policies say now, and how nftables is to judge by it: the part of the plan that isn't routing.
+
+The daemon asks `look` in every turn. What can change between two reloads are the policies in force (time
+of day, slices that appear), the cgroups of units, and who takes part in balancing. When the policies change,
+the classes move to another block of numbers, so that live connections are judged anew.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from pbrd import ruleset
+from pbrd.cgroups import Watch
+from pbrd.classes import classify, uses_nft
+from pbrd.effective import effective, renumbered, units_of
+from pbrd.errors import PbrdError
+from pbrd.eviction import Eviction, classes_of, pins_of
+from pbrd.marks import FIRST, blocks_of, marks_of
+from pbrd.objects import KernelState, Key, Standing
+from pbrd.routing import adopted_block, adopted_numbers
+from pbrd.settings import Config
+from pbrd.units import CGroup, expression
+
+
+class Judge:
+    """The policies in force: `current` is the config to compile, `block` the number of its first class."""
+
+    def __init__(
+        self,
+        wake: Callable[[], None],
+        warn: Callable[..., object],
+        loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        """Without a loop it takes one look at the units and watches nothing."""
+        self.wake, self.warn, self.loop = wake, warn, loop
+        self.config = self.current = Config()
+        self.block = FIRST
+        self.watch: Watch | None = None
+        self.stale: list[Eviction] = []  # connections that must go once the new rules are live
+        self._minute: tuple[int, frozenset[str]] | None = None
+        self._written: tuple[Config, int, object, object] | None = None
+        self._text = ""
+
+    def follow(self, config: Config, state: KernelState, now: datetime) -> Config:
+        """Turn to `config`; return it with its uplinks numbered as in `state`, as far as they are there."""
+        before = self.config
+        self.config = renumbered(config, adopted_numbers(config, state))
+        self._watch_units()
+        self._minute = None
+        if before == Config():  # a start: go on with the block that the rules in the kernel speak of
+            self.current = effective(self.config, now, self._slices())
+            self.block = adopted_block(self.current, state)
+        else:
+            self.stale += _outlived(before, self.config)
+        self.look(now)
+        return self.config
+
+    def look(self, now: datetime) -> None:
+        """Bring `current` up to date."""
+        minute = (now.hour * 60 + now.minute, self._slices())
+        if minute == self._minute:
+            return
+        self._minute = minute
+        fresh = effective(self.config, now, minute[1])
+        if fresh != self.current:
+            if uses_nft(fresh) and _neutral(fresh) != _neutral(self.current):
+                self._next_block(fresh)
+            self.current = fresh
+
+    def text(self, standings: Mapping[Key, Standing]) -> str:
+        """Return the nftables table that should be in force."""
+        usable = frozenset[str]()
+        if any(policy.balance for policy in self.current.policies):
+            usable = frozenset(name for (name, _), s in standings.items() if s.usable and s.preferred)
+        cgroups = self.watch.cgroups if self.watch else {}
+        key = (self.current, self.block, cgroups, usable)
+        if key != self._written:
+            self._written = key
+            self._text = ruleset.text(self.current, self.block, _expressions(cgroups), usable)
+        return self._text
+
+    def close(self) -> None:
+        """Stop watching units."""
+        if self.watch is not None:
+            if self.loop is not None:
+                self.loop.remove_reader(self.watch.fileno())
+            self.watch.close()
+            self.watch = None
+
+    def _next_block(self, fresh: Config) -> None:
+        size = len(classify(fresh).classes)
+        blocks = blocks_of(fresh, size)
+        later = [block for block in blocks if block > self.block + len(classify(self.current).classes) - 1]
+        self.block = later[0] if later else blocks[0]
+        self.stale += classes_of(fresh, self.block, size)  # of the time when these numbers were last in use
+
+    def _slices(self) -> frozenset[str]:
+        if self.watch is None:
+            return frozenset()
+        return frozenset(unit for unit, cgroups in self.watch.cgroups.items() if cgroups)
+
+    def _watch_units(self) -> None:
+        self.close()
+        try:
+            self.watch = Watch(units_of(self.config))
+        except PbrdError as error:
+            if any(policy.match.unit for policy in self.config.policies):
+                self.warn("policies with units can't match", reason=str(error))
+            return
+        if self.loop is not None:
+            self.loop.add_reader(self.watch.fileno(), self._units_changed)
+
+    def _units_changed(self) -> None:
+        if self.watch is not None and self.watch.changed():
+            self._minute = None
+            self.wake()
+
+
+def _neutral(config: Config) -> str:
+    """Return the table of `config` apart from what may change without judging anew."""
+    return ruleset.text(config, FIRST, {}, frozenset(uplink.name for uplink in config.uplinks))
+
+
+def _outlived(before: Config, after: Config) -> list[Eviction]:
+    """Return whose pins mean nothing any more: uplinks that are gone, or all if the fields have moved."""
+    if not uses_nft(before):
+        return []
+    names = [uplink.name for uplink in before.uplinks]
+    if marks_of(before) == marks_of(after):
+        kept = {(u.name, u.index) for u in after.uplinks if u.enabled}
+        names = [uplink.name for uplink in before.uplinks if (uplink.name, uplink.index) not in kept]
+    return list(pins_of(before, names))
+
+
+def _expressions(cgroups: Mapping[str, tuple[CGroup, ...]]) -> dict[str, tuple[str, ...]]:
+    return {unit: tuple(map(expression, found)) for unit, found in cgroups.items()}

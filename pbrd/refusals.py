@@ -1,0 +1,46 @@
+"""What the kernel would not take: tried again, soon and then less often, and told once."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pbrd.kernel import Failure
+from pbrd.objects import Route
+from pbrd.plan import Plan, route_text
+
+RETRY = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds until a refused step is tried again
+PATIENCE = 5  # tries before a refused step is worth a line: an address may be on its way
+
+
+class Refusals:
+    """The steps that the kernel refused, and the routes that others' stand in the place of."""
+
+    def __init__(self, log: Any) -> None:
+        self.log = log
+        self.counts: dict[str, int] = {}  # step → how often in a row
+        self.blocked: tuple[Route, ...] = ()
+
+    def clear(self) -> None:
+        """Forget: the plan is empty."""
+        self.counts.clear()
+
+    def note(self, plan: Plan, failures: Iterable[Failure]) -> float | None:
+        """Take in what failed of `plan`; return in how many seconds to try again."""
+        counts = {}
+        for failure in failures:
+            text = plan.text(failure.step)
+            counts[text] = self.counts.get(text, 0) + 1
+            if counts[text] == PATIENCE:
+                self.log.warning("kernel refuses a change", step=text, reason=str(failure.error))
+        self.counts = counts
+        return RETRY[min(*counts.values(), len(RETRY)) - 1] if counts else None
+
+    def tell_blocked(self, plan: Plan) -> None:
+        """Say once which routes can't be ours."""
+        for route in plan.blocked:
+            if route not in self.blocked:
+                self.log.warning(
+                    "a foreign route stands where ours belongs; it is left alone",
+                    route=route_text(route, plan.tables),
+                    remedy="remove it, or give the uplink another table",
+                )
+        self.blocked = plan.blocked
