@@ -178,6 +178,8 @@ def run(arguments: Arguments) -> int:
     _need_net_admin("run the daemon")
     from pathlib import Path
 
+    # asyncio imports ssl if it can: 4 MiB that the daemon has no use for.
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
     from pbrd.daemon import main as daemon
 
     code: int = daemon(Path(arguments.config), Path(arguments.runtime_dir), Path(arguments.state_dir))

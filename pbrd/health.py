@@ -195,6 +195,7 @@ class Health:
         self._expire(now)
         self._window.slide(now)
         self._settle(now)
+        self._judge(now)
         return self._next_round(now)
 
     def answered(self, round: int, target: Address, rtt: float, now: float) -> None:
@@ -298,7 +299,6 @@ class Health:
             self._undoubted.popleft()
         while self._unfolded and self._unfolded[0].verdict is not None:
             self._fold(self._unfolded.popleft(), now)
-        self._judge(now)
         if now >= self._ripe:
             self._enter(State.UP, Reason.OK, now)
 
@@ -379,9 +379,9 @@ class Health:
             return False, None
         if self._above(probe.max_loss, [tally.loss for tally in tallies]):
             return True, Reason.LOSS
-        if self._above(probe.max_latency, [tally.rtt for tally in tallies]):
+        if probe.max_latency and self._above(probe.max_latency, [tally.rtt for tally in tallies]):
             return True, Reason.LATENCY
-        if self._above(probe.max_jitter, [tally.jitter for tally in tallies]):
+        if probe.max_jitter and self._above(probe.max_jitter, [tally.jitter for tally in tallies]):
             return True, Reason.JITTER
         return True, None
 

@@ -19,7 +19,6 @@ import ctypes
 import errno
 import math
 import os
-import secrets
 import socket
 import struct
 import time
@@ -48,7 +47,6 @@ CONTROL_SPACE = socket.CMSG_SPACE(TIMESPEC.size)
 IPV4_HEADER = 20  # bytes, without options
 ICMP_HEADER = 8
 PAYLOAD = 56  # bytes, as ping(8); providers drop empty echoes
-IDLE = 3600.0  # seconds; asyncio knows no timer that never rings
 DRAIN = 1024  # packets at once: more than fit into a socket buffer
 SPARE = 64  # probes that are remembered beyond the computed need
 
@@ -86,8 +84,10 @@ class Prober:
         self._mark = mark
         self._changed = changed
         self._pingers: dict[Key, _Pinger] = {}
-        self._waker: asyncio.Future[None] | None = None
-        self._due = 0.0  # when `run` wakes by itself
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._failed: asyncio.Future[None] | None = None
+        self._due = math.inf  # when the alarm rings
 
     def follow(self, paths: Iterable[Path]) -> None:
         """Probe these and no others. Call it again after `Health.path`, so that new deadlines are seen."""
@@ -101,7 +101,7 @@ class Prober:
                 self._pingers[key].follow(path)
             else:
                 self._pingers[key] = _Pinger(path, self._mark, self._heard)
-        self._wake()
+        self._arm()
 
     def mark_with(self, mark: int) -> None:
         """Probe with SO_MARK `mark` from now on; `follow` must come next if it is another one."""
@@ -113,34 +113,46 @@ class Prober:
 
     async def run(self) -> None:
         """Probe until cancelled; closes the sockets then."""
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
+        self._failed = self._loop.create_future()
         try:
-            while True:
-                self._turn()
-                self._waker = loop.create_future()
-                self._due = min((p.path.health.deadline for p in self._pingers.values()), default=math.inf)
-                alarm = loop.call_later(min(max(0.0, self._due - time.monotonic()), IDLE), self._wake)
-                try:
-                    await self._waker
-                finally:
-                    alarm.cancel()
+            self._arm()
+            await self._failed  # an error in a timer's callback would only be printed
         finally:
-            self._waker = None
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._loop = None
             for pinger in self._pingers.values():
                 pinger.close()
 
-    def _wake(self) -> None:
-        if self._waker is not None and not self._waker.done():
-            self._waker.set_result(None)
+    def _arm(self) -> None:
+        """Set the alarm to the next deadline; an answer puts off the one that it would have been late for."""
+        due = min((p.path.health.deadline for p in self._pingers.values()), default=math.inf)
+        if self._loop is None or due == self._due:
+            return
+        self._due = due
+        if self._alarm is not None:
+            self._alarm.cancel()
+        # asyncio's clock is time.monotonic
+        self._alarm = None if due == math.inf else self._loop.call_at(due, self._ring)
+
+    def _ring(self) -> None:
+        try:
+            self._turn()
+        except Exception as error:  # noqa: BLE001 - `run` raises it
+            if self._failed is not None and not self._failed.done():
+                self._failed.set_exception(error)
 
     def _turn(self) -> None:
         """Poll the healths that are due, and send their rounds."""
         changed = False
+        self._due = math.inf
         for key, pinger in list(self._pingers.items()):
             # The clock first, then the buffer: what had arrived by `now` lies there and is counted.
             now = time.monotonic()
             if pinger.path.health.deadline <= now:
                 changed |= self._poll(key, pinger, now)
+        self._arm()
         if changed:
             self._changed()
 
@@ -163,8 +175,7 @@ class Prober:
         """Take in what a socket that became readable holds."""
         before = verdict(pinger.path.health)
         pinger.drain()
-        if pinger.path.health.deadline < self._due:
-            self._wake()
+        self._arm()
         if verdict(pinger.path.health) != before:
             self._changed()
 
@@ -182,7 +193,7 @@ class _Pinger:
         self._mark = mark
         self._readable = readable
         self._icmp: ICMPv4Socket | ICMPv6Socket | None = None
-        self._sequence = secrets.randbelow(1 << 16)
+        self._sequence = int.from_bytes(os.urandom(2), "big")
         self._echoes: dict[int, _Echo] = {}  # by sequence
         self._memory = memory(path.health)
 
@@ -235,8 +246,8 @@ class _Pinger:
         """Open, filter, bind and watch a socket; raises OSError."""
         if self.path.index <= 0:
             raise OSError(errno.ENODEV, "no such interface")  # the kernel takes index 0 for "not bound"
-        self._id = secrets.randbelow(0xFFFF) + 1
-        self._cookie = secrets.token_bytes(PAYLOAD)
+        self._id = int.from_bytes(os.urandom(2), "big") or 1
+        self._cookie = os.urandom(PAYLOAD)
         try:
             icmp = ICMPv4Socket() if self.path.family is Family.IPV4 else ICMPv6Socket()
         except ICMPLibError as error:

@@ -70,11 +70,14 @@ def probe_mark(config: Config) -> Mark:
 def by_preference(
     names: tuple[str, ...], family: Family, standings: Mapping[Key, Standing]
 ) -> tuple[str, ...]:
-    """Return `names` in the order in which new connections try them: who is not preferred stands behind."""
+    """Return `names` in the order in which new connections try them: who is not preferred stands behind.
+
+    A dead one keeps its place: nothing leaves there anyway, and its failover must not wait for rules.
+    """
 
     def behind(name: str) -> bool:
         standing = standings.get((name, family))
-        return standing is not None and not standing.preferred
+        return standing is not None and standing.usable and not standing.preferred
 
     return tuple(sorted(names, key=behind))
 
@@ -228,7 +231,7 @@ def policy_rules(
     order = tuple(
         (key, Standing(usable=True, preferred=False))
         for key, s in sorted(standings.items())
-        if key[1] is family and not s.preferred
+        if key[1] is family and s.usable and not s.preferred
     )
     patterns = any(pattern.endswith("*") for p in config.policies for pattern in p.match.iif)
     return _policy_rules(config, family, order, tuple(sorted(links)) if patterns else ())

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
-        "hooks", "log", "cgroups", "drift",
+        "hooks", "log", "cgroups", "zone", "drift",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
     ("netfilter", frozenset({"judge", "netfilter", "refusals"})),  # the daemon's helpmates, over time

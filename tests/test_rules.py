@@ -41,7 +41,7 @@ LINKS = {
 }
 UP = Standing(usable=True, preferred=True)
 RECOVERING = Standing(usable=True, preferred=False)
-DOWN = Standing(usable=False, preferred=True)
+DOWN = Standing(usable=False, preferred=False)
 
 
 def config(text: str) -> Config:
