@@ -105,7 +105,7 @@ class Daemon:
     async def let_go(self) -> None:
         """Leave the kernel as `on_stop` says."""
         on_stop = self.config.daemon.on_stop
-        if on_stop is OnStop.FLUSH:
+        if on_stop is OnStop.FLUSH and self.stopping.is_set():  # a crash is no wish to stop
             await offline.flush_all(self.kernel, self.netfilter.table, self.config)
         self.judge.close()
         self.netfilter.close()
@@ -198,6 +198,7 @@ class Daemon:
         if not self.netfilter.settled:
             plan = plan.additions()
         self.refusals.tell_blocked(plan)
+        self.refusals.tell_dead_ends(self.kernel.dead_ends)
         unchanged = target == self.wanted
         self.wanted = target if self.netfilter.settled else KernelState()  # what is held back is no drift
         if self.paused or not plan:
@@ -248,14 +249,16 @@ class Daemon:
     def snapshot(self) -> status.Snapshot:
         """Return the daemon at this moment."""
         now = time.monotonic()
-        kernel, paths = self.kernel, self.paths
+        kernel, paths, state = self.kernel, self.paths, self.kernel.state()
         view = snapshot.View(
             self.config,
             kernel.families,
             kernel.links,
             paths,
             paths.standings(),
-            kernel.state(),
+            state,
+            frozenset((*self.judge.current.policies, *filter(None, [self.config.default]))),
+            snapshot.open_tables(self.config, state),
             time.time() - now,
         )
         before = {policy.name: policy for policy in self.shown.policies} if self.shown else {}
@@ -310,7 +313,7 @@ class Daemon:
         try:
             fresh = config.load(self.path)
             changed = await self.take_over(fresh)
-        except ConfigError as error:
+        except (ConfigError, KernelError) as error:
             self.last_reload = status.ReloadStatus(snapshot.iso(time.time()), ok=False, error=str(error))
             self.log.error("reload refused", event_kind="reload-refused", reason=str(error))
             raise
@@ -326,14 +329,18 @@ class Daemon:
         while True:
             await self.hangup.wait()
             self.hangup.clear()
-            with contextlib.suppress(ConfigError):
+            with contextlib.suppress(ConfigError, KernelError):
                 await self.reload()
 
     async def take_over(self, fresh: Config) -> list[str]:
         """Put a config into force, adopting what the kernel holds; return the lines of what changed there."""
         self.kernel.follow(fresh)
-        self.kernel.read()
-        self.netfilter.adopt()
+        try:
+            self.kernel.read()
+            self.netfilter.adopt()
+        except KernelError:
+            self.kernel.follow(self.config)
+            raise
         before, table = self.kernel.state(), self.netfilter.applied
         self.config = self.judge.follow(fresh, before, now_here())
         self.paths.follow(

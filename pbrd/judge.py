@@ -71,7 +71,7 @@ class Judge:
         """Return the nftables table that should be in force."""
         usable = frozenset[str]()
         if any(policy.balance for policy in self.current.policies):
-            usable = frozenset(name for (name, _), s in standings.items() if s.usable and s.preferred)
+            usable = ruleset.balanced(standings)
         cgroups = self.watch.cgroups if self.watch else {}
         key = (self.current, self.block, cgroups, usable)
         if key != self._written:

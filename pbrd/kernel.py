@@ -8,6 +8,7 @@ routes are looked for.
 """
 
 import errno
+import struct
 from collections.abc import Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ class Kernel:
         self.families = (Family.IPV4, Family.IPV6) if sysctl.has_ipv6() else (Family.IPV4,)
         self.devices: dict[int, Link] = {}  # all interfaces by index; addresses only of uplinks
         self.defaults: dict[Family, tuple[DefaultRoute, ...]] = {}
+        self.dead_ends: dict[Family, str] = {}  # kind of an error default in the main table, or ""
         self.rules: dict[Family, frozenset[Rule]] = {}
         self.routes: dict[tuple[Family, int], frozenset[Route]] = {}
         self.foreign: dict[tuple[Family, int], frozenset[Route]] = {}
@@ -113,14 +115,22 @@ class Kernel:
         return disturbed
 
     def _event(self, kind: int, message: bytes) -> None:
+        try:
+            self._note(kind, message)
+        except (ValueError, LookupError, struct.error, TypeError):
+            self.changes.everything = True  # what we can't read may still concern us
+
+    def _note(self, kind: int, message: bytes) -> None:
         if kind in (rtnetlink.RTM_NEWLINK, rtnetlink.RTM_DELLINK):
             if message[16] == 0:  # not AF_BRIDGE: a port that leaves its bridge is no link that vanishes
                 self._link_event(message, gone=kind == rtnetlink.RTM_DELLINK)
         elif kind in (rtnetlink.RTM_NEWADDR, rtnetlink.RTM_DELADDR):
             self._suspect(int.from_bytes(message[20:24], "little"))
+        elif message[16] not in self.families:
+            return  # rules and routes of multicast routing come on the same groups
         elif kind in (rtnetlink.RTM_NEWRULE, rtnetlink.RTM_DELRULE):
             self.changes.rules.add(Family(message[16]))
-        elif kind in (rtnetlink.RTM_NEWROUTE, rtnetlink.RTM_DELROUTE) and message[16] in (2, 10):
+        elif kind in (rtnetlink.RTM_NEWROUTE, rtnetlink.RTM_DELROUTE):
             protocol, route = rtnetlink.route_of(message, {})
             if route.table == MAIN_TABLE and route.is_default:
                 self.changes.defaults.add(route.family)
@@ -170,6 +180,13 @@ class Kernel:
     def read(self) -> None:
         """Bring the marked parts of the mirror up to date. Raises KernelError."""
         changes, self.changes = self.changes, Changes(everything=False)
+        try:
+            self._read(changes)
+        except KernelError:
+            self.changes.everything = True
+            raise
+
+    def _read(self, changes: Changes) -> None:
         if changes.everything:
             self._read_everything()
             return
@@ -183,14 +200,14 @@ class Kernel:
             self._read_defaults(family)
 
     def _read_everything(self) -> None:
-        self.devices.clear()
-        for message in self.requests.dump(rtnetlink.link_dump()):
-            index, name, up, carrier = rtnetlink.link_of(message)
-            self.devices[index] = Link(name, index, up, carrier)
+        # Where interfaces come and go all the time no dump of them is ever whole: events tell the rest.
+        dump = self.requests.dump(rtnetlink.link_dump(), partial=True)
+        links = (Link(name, index, up, carrier) for index, name, up, carrier in map(rtnetlink.link_of, dump))
+        self.devices = {link.index: link for link in links}
         for index in list(self.devices):
             self._read_link(index)
-        for known in (self.routes, self.foreign):
-            known.clear()
+        for stray in [key for key in self.routes if key[1] not in self.tables]:
+            del self.routes[stray], self.foreign[stray]
         for family in self.families:
             self._read_rules(family)
             self._read_defaults(family)
@@ -212,7 +229,9 @@ class Kernel:
         link = replace(link, addresses=tuple(addresses), rp_filter=sysctl.rp_filter(link.name))
         self.devices[index] = link
         wanted = [s for f in self.families for s in wanted_sysctls(self.uplinks[link.name], f, link)]
-        self.sysctls[link.name] = frozenset(found for s in wanted if (found := sysctl.read(s)))
+        self.sysctls[link.name] = frozenset(
+            sysctl.read(s) or s for s in wanted
+        )  # what is not there needs no writing
 
     def _read_rules(self, family: Family) -> None:
         rules = (rtnetlink.rule_of(message) for message in self.requests.dump(rtnetlink.rule_dump(family)))
@@ -251,14 +270,14 @@ class Kernel:
         unread. IPv6 dumps ::/0 last: there the kernel filters by interface, for uplinks that want "auto".
         """
         names = {index: link.name for index, link in self.devices.items()}
-        wanted = [u for u in self.uplinks.values() if u.gateway_of(family) is GatewayMode.AUTO]
         messages: list[bytes] = []
-        if family is Family.IPV4 and wanted:
+        if family is Family.IPV4:
             messages = self._first_routes(rtnetlink.route_dump(family, MAIN_TABLE))
-        elif wanted:
-            interfaces = {u.interface for u in wanted}
-            for index in (index for index, name in names.items() if name in interfaces):
+        else:  # error routes lie on lo
+            auto = {u.interface for u in self.uplinks.values() if u.gateway6 is GatewayMode.AUTO}
+            for index in (index for index, name in names.items() if name in auto | {"lo"}):
                 messages += self.requests.dump(rtnetlink.route_dump(family, MAIN_TABLE, interface=index))
+        self.dead_ends[family] = next(filter(None, map(rtnetlink.error_default_of, messages)), "")
         found = (route for m in messages if m[17] == 0 for route in rtnetlink.defaults_of(m, names))
         self.defaults[family] = tuple(route for route in found if route.interface in self.uplinks)
 

@@ -63,15 +63,18 @@ class Requests:
         """Close the socket."""
         self.socket.close()
 
-    def dump(self, request: bytes) -> list[bytes]:
+    def dump(self, request: bytes, *, partial: bool = False) -> list[bytes]:
         """Return the messages that answer `request`, whole ones with their headers.
 
-        A dump that changes interrupted is repeated. Raises KernelError (its errno says why).
+        A dump that changes interrupted is repeated; if it always is, `partial` takes the last one as it is.
+        Raises KernelError (its errno says why).
         """
         for _ in range(DUMP_TRIES):
             found, interrupted = self._dump(request)
             if not interrupted:
                 return found
+        if partial:
+            return found
         raise KernelError(
             "cannot read the kernel's tables: they change faster than they can be read", errno.EINTR
         )

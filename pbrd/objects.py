@@ -37,6 +37,7 @@ class Route:
     source: Address | None = None  # preferred source address
     onlink: bool = False  # the gateway is on this link although no address here says so
     metric: int = 0
+    raw: bytes = b""  # as read, where it is of a kind that pbrd never makes: only to delete it
 
     @property
     def key(self) -> tuple[Family, int, Network, int]:
@@ -68,6 +69,7 @@ class Rule:
     dport: Range | None = None
     dscp: int | None = None
     suppress_prefixlength: int | None = None
+    raw: bytes = b""  # as read, where it is of a kind that pbrd never makes: only to delete it
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class DefaultRoute:
     metric: int
     protocol: str  # "dhcp", "ra", "static", …
     onlink: bool = False
+    source: Address | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ class NextHop:
     gateway: Address | None
     onlink: bool
     origin: str
+    source: Address | None = None  # preferred source address, as the main table's route has it
 
 
 @dataclass(frozen=True, slots=True)

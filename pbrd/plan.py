@@ -9,6 +9,7 @@ old nor the new state would have chosen for it.
   the old ones go bottom up. This holds for any two lists of rules, so none needs a generation switch.
 * Routes into tables that no rule looks at yet come before the rules, so that no rule meets a half-filled
   table. A default that heals comes after them: its uplink's rules have then moved behind the others.
+* A table that another uplink takes over is emptied first and filled last, behind the rules.
 * Defaults that go (an uplink is down) go first of all: that is the failover. Tables that the new state
   has no use for are emptied last, when nothing looks there any more.
 """
@@ -88,7 +89,9 @@ def diff(current: KernelState, desired: KernelState) -> Plan:
     missing, unwanted = desired.routes - current.routes, current.routes - desired.routes
     blocked = {route for route in missing if route.key in current.foreign}
     missing -= blocked
-    replaced = {route.key for route in unwanted} & {route.key for route in missing}
+    # One that moves to another interface is another uplink's: rules that still look there must not meet it.
+    old, new_ = ({(r.key, r.interface) for r in routes} for routes in (unwanted, missing))
+    replaced = {key for key, _ in old & new_}
     looked_at = {rule.table for rule in current.rules}
     still_wanted = {rule.table for rule in desired.rules}
 

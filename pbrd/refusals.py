@@ -1,11 +1,12 @@
 """What the kernel would not take: tried again, soon and then less often, and told once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pbrd.kernel import Failure
 from pbrd.objects import Route
 from pbrd.plan import Plan, route_text
+from pbrd.settings import Family
 
 RETRY = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds until a refused step is tried again
 PATIENCE = 5  # tries before a refused step is worth a line: an address may be on its way
@@ -18,6 +19,7 @@ class Refusals:
         self.log = log
         self.counts: dict[str, int] = {}  # step → how often in a row
         self.blocked: tuple[Route, ...] = ()
+        self.dead_ends: dict[Family, str] = {}
 
     def clear(self) -> None:
         """Forget: the plan is empty."""
@@ -33,6 +35,19 @@ class Refusals:
                 self.log.warning("kernel refuses a change", step=text, reason=str(failure.error))
         self.counts = counts
         return RETRY[min(*counts.values(), len(RETRY)) - 1] if counts else None
+
+    def tell_dead_ends(self, found: Mapping[Family, str]) -> None:
+        """Say once that a default route of the main table ends the walk of rules before the policies."""
+        for family, kind in found.items():
+            if kind and kind != self.dead_ends.get(family):
+                self.log.warning(
+                    "an error route is the default of the main table: without a better one there, "
+                    "it ends the walk of rules before the policies",
+                    kind=kind,
+                    family=f"IPv{family.version}",
+                    remedy=f"ip -{family.version} route del {kind} default",
+                )
+        self.dead_ends = dict(found)
 
     def tell_blocked(self, plan: Plan) -> None:
         """Say once which routes can't be ours."""

@@ -38,7 +38,7 @@ from pbrd.rules import (
     policy_bands,
     policy_rules,
 )
-from pbrd.settings import Config, Family, GatewayMode, Uplink
+from pbrd.settings import PATH_TABLE_OFFSET, Config, Family, GatewayMode, Uplink
 
 
 def table_names(config: Config) -> tuple[tuple[int, str], ...]:
@@ -56,6 +56,7 @@ def next_hop(
     address of its family on the interface; if none of their prefixes covers it, the route says `onlink`,
     which is what hosters with /32 addresses need.
     """
+    source = None
     wanted = uplink.gateway_of(family)
     if link is None or wanted is GatewayMode.OFF:
         return None
@@ -67,14 +68,16 @@ def next_hop(
         if best is None:
             return None
         gateway, origin, onlink = best.gateway, best.protocol, best.onlink
+        if any(best.source == address.local for address in link.addresses):
+            source = best.source
     else:
         gateway, origin, onlink = wanted, "config", False
     if gateway is None:
-        return NextHop(None, onlink=False, origin=origin)
+        return NextHop(None, onlink=False, origin=origin, source=source)
     prefixes = [a.prefix for a in link.addresses if a.prefix.version == family.version]
     if not prefixes:
         return None
-    return NextHop(gateway, onlink or not any(gateway in prefix for prefix in prefixes), origin)
+    return NextHop(gateway, onlink or not any(gateway in prefix for prefix in prefixes), origin, source)
 
 
 def path_fault(link: Link | None, hop: NextHop | None) -> Reason | None:
@@ -118,6 +121,7 @@ def default_route(family: Family, table: int, interface: str, hop: NextHop) -> R
         default_network(family),
         interface,
         gateway=hop.gateway,
+        source=hop.source,
         onlink=hop.onlink,
         metric=metric_of(family),
     )
@@ -197,30 +201,37 @@ def adopted_standings(config: Config, state: KernelState) -> dict[Key, Standing]
     """Return what the kernel remembers of each uplink's health, for those of which it knows anything.
 
     A path default without an own default: probes had failed. An own default behind one that the config
-    puts after it: it was not preferred. So a restart carries on where the last daemon stopped.
+    puts after it: it was not preferred. So a restart carries on where the last daemon stopped, also when
+    the tables have other numbers now: what counts is the interface.
     """
-    defaults = {(route.family, route.table) for route in state.routes if route.is_default}
-    demoted = _demoted(config, state)
+    tables: dict[tuple[Family, str], set[int]] = {}
+    for route in state.routes:
+        if route.is_default:
+            tables.setdefault((route.family, route.interface), set()).add(route.table)
+    own = {
+        key: next((t for t in found if t + PATH_TABLE_OFFSET in found), 0) for key, found in tables.items()
+    }
+    demoted = _demoted(config, state, own)
     found = {}
     for name, family in keys_of(config, Family):
-        uplink = config.uplink(name)
-        usable = (family, uplink.table) in defaults
-        if usable or (family, uplink.path_table) in defaults:
-            found[name, family] = Standing(usable, usable and (name, family) not in demoted)
+        key = (family, config.uplink(name).interface)
+        if key in own:
+            found[name, family] = Standing(bool(own[key]), bool(own[key]) and (name, family) not in demoted)
     return found
 
 
-def _demoted(config: Config, state: KernelState) -> set[Key]:
+def _demoted(config: Config, state: KernelState, own: Mapping[tuple[Family, str], int]) -> set[Key]:
     """Return the uplinks that stand behind one which comes after them in a policy's `via`."""
     found: set[Key] = set()
-    names = {uplink.table: uplink.name for uplink in config.uplinks}
+    interfaces = {uplink.interface: uplink.name for uplink in config.uplinks}
+    names = {(family, table): interfaces.get(interface, "") for (family, interface), table in own.items()}
     rows = [(policy.via, first, last) for policy, first, last in policy_bands(config)]
     if uses_nft(config):
         rows += class_bands(config)
     for via, first, last in rows:
         for family in Family:
             here = [r for r in state.rules if r.family is family and first <= r.priority < last]
-            place = {names.get(rule.table, ""): rule.priority for rule in here}
+            place = {names.get((family, rule.table), ""): rule.priority for rule in here}
             for better, worse in _pairs(via):
                 if better in place and worse in place and place[worse] < place[better]:
                     found.add((better, family))

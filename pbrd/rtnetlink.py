@@ -46,9 +46,13 @@ RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
 RT_TABLE_COMPAT = 252  # stands in the header where the id needs the attribute
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 RTN_UNICAST = 1
+ERROR_ROUTES = {6: "blackhole", 7: "unreachable", 8: "prohibit"}
 RTNH_F_ONLINK = 4
 FR_ACTIONS = {Action.LOOKUP: 1, Action.BLACKHOLE: 6, Action.UNREACHABLE: 7, Action.PROHIBIT: 8}
 NO_SUPPRESS = 0xFFFFFFFF
+FIB_RULE_INVERT = 2
+# What our rules never have. Anything newer is ignored: kernels add attributes to every rule (port masks).
+FOREIGN_ATTRIBUTES = ("FRA_GOTO", "FRA_FLOW", "FRA_TUN_ID", "FRA_L3MDEV")
 
 # linux/netlink.h
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
@@ -79,6 +83,8 @@ def route_request(verb: Verb, route: Route, index: int) -> bytes:
 
     Deletion names the protocol, so that the kernel spares a foreign route with the same destination.
     """
+    if route.raw:
+        return HEADER.pack(16 + len(route.raw), RTM_DELROUTE, NLM_F_REQUEST | NLM_F_ACK, 0, 0) + route.raw
     scope = RT_SCOPE_LINK if route.gateway is None else RT_SCOPE_UNIVERSE
     message = rtmsg()
     message["family"] = int(route.family)
@@ -105,6 +111,8 @@ def route_request(verb: Verb, route: Route, index: int) -> bytes:
 @lru_cache(maxsize=4096)
 def rule_request(verb: Verb, rule: Rule) -> bytes:
     """Return the message that adds or deletes `rule`; a deletion names every selector, and the protocol."""
+    if rule.raw:
+        return HEADER.pack(16 + len(rule.raw), RTM_DELRULE, NLM_F_REQUEST | NLM_F_ACK, 0, 0) + rule.raw
     message = fibmsg()
     message["family"] = int(rule.family)
     message["table"] = rule.table if rule.table < 256 else RT_TABLE_COMPAT
@@ -220,8 +228,15 @@ def route_of(message: bytes, names: dict[int, str]) -> tuple[int, Route]:
         source=ip_address(source) if source else None,
         onlink=bool(decoded["flags"] & RTNH_F_ONLINK),
         metric=decoded.get_attr("RTA_PRIORITY") or 0,
+        raw=b"" if _is_plain(decoded) else message[16:],
     )
     return decoded["proto"], route
+
+
+def _is_plain(decoded: Any) -> bool:
+    """Say whether a route is of the kind that pbrd makes."""
+    unusual = ("RTA_MULTIPATH", "RTA_VIA", "RTA_ENCAP", "RTA_NH_ID")
+    return decoded["type"] == RTN_UNICAST and not decoded["tos"] and not any(map(decoded.get_attr, unusual))
 
 
 def defaults_of(message: bytes, names: dict[int, str]) -> tuple[DefaultRoute, ...]:
@@ -232,6 +247,9 @@ def defaults_of(message: bytes, names: dict[int, str]) -> tuple[DefaultRoute, ..
         return ()
     family, metric = Family(decoded["family"]), decoded.get_attr("RTA_PRIORITY") or 0
     origin = PROTOCOLS.get(decoded["proto"], str(decoded["proto"]))
+    if decoded.get_attr("RTA_VIA") or decoded.get_attr("RTA_ENCAP"):
+        return ()  # by a gateway of the other family, or into a tunnel: not what a copy of it would do
+    source = _gateway(decoded.get_attr("RTA_PREFSRC"))
     hops = decoded.get_attr("RTA_MULTIPATH") or [decoded | {"oif": decoded.get_attr("RTA_OIF")}]
     return tuple(
         DefaultRoute(
@@ -241,18 +259,24 @@ def defaults_of(message: bytes, names: dict[int, str]) -> tuple[DefaultRoute, ..
             metric,
             origin,
             bool(hop["flags"] & RTNH_F_ONLINK),
+            source,
         )
         for hop in hops
     )
 
 
-def rule_of(message: bytes) -> tuple[int, Rule | None]:
-    """Return (protocol, rule) of an RTM_NEWRULE; None for what pbrd never makes (`not`, goto, l3mdev …)."""
+def error_default_of(message: bytes) -> str:
+    """Return "unreachable", "blackhole" or "prohibit" for a default route of that kind, else ""."""
+    return ERROR_ROUTES.get(message[23], "") if message[17] == 0 else ""
+
+
+def rule_of(message: bytes) -> tuple[int, Rule]:
+    """Return (protocol, rule) of an RTM_NEWRULE. One that pbrd never makes (`not`, goto, tos …) has `raw`."""
     return _rule_of(message[16:])
 
 
 @lru_cache(maxsize=8192)
-def _rule_of(body: bytes) -> tuple[int, Rule | None]:
+def _rule_of(body: bytes) -> tuple[int, Rule]:
     """Decode a rule once: all rules are read back whenever one changes, and nearly all are as before."""
     decoded = fibmsg(HEADER.pack(16 + len(body), RTM_NEWRULE, 0, 0, 0) + body)
     decoded.decode()
@@ -260,12 +284,14 @@ def _rule_of(body: bytes) -> tuple[int, Rule | None]:
     actions = {number: action for action, number in FR_ACTIONS.items()}
     protocol = attribute("FRA_PROTOCOL") or 0
     action = actions.get(decoded["action"])
-    if action is None or decoded["flags"] & 2:  # FIB_RULE_INVERT
-        return protocol, None
+    family, priority = Family(decoded["family"]), attribute("FRA_PRIORITY") or 0
+    foreign = any(map(attribute, FOREIGN_ATTRIBUTES)) or decoded["flags"] & FIB_RULE_INVERT or decoded["tos"]
+    if action is None or foreign:
+        return protocol, Rule(family, priority, raw=body)
     fwmark, suppress = attribute("FRA_FWMASK"), attribute("FRA_SUPPRESS_PREFIXLEN")
     return protocol, Rule(
-        Family(decoded["family"]),
-        attribute("FRA_PRIORITY") or 0,
+        family,
+        priority,
         action,
         (attribute("FRA_TABLE") or decoded["table"]) if action is Action.LOOKUP else 0,
         source=_network(attribute("FRA_SRC"), decoded["src_len"]),

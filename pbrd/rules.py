@@ -92,6 +92,10 @@ def selectors(match: Match, family: Family, interfaces: Iterable[str]) -> tuple[
     destinations = [n for n in match.destination if n.version == family.version]
     if (match.source and not sources) or (match.destination and not destinations):
         return ()
+    # To the kernel a prefix of no length is no selector, and it shows none.
+    sources, destinations = (
+        [] if any(n.prefixlen == 0 for n in ns) else ns for ns in (sources, destinations)
+    )
     # Forwarded packets carry the uid of the namespace's owner, so that "user root" would match them all.
     iifs = ("lo",) if match.user and not match.iif else _interfaces(match.iif, interfaces)
     if match.iif and not iifs:

@@ -17,6 +17,7 @@ from itertools import product
 
 from pbrd.classes import LONG, Classification, Outcome, classify, in_turn, outcomes_of, uses_nft
 from pbrd.marks import INBOUND, Marks, marks_of, pin_of
+from pbrd.objects import Key, Standing
 from pbrd.rules import ICMP, ICMPV6
 from pbrd.settings import Config, Fallback, Family, Match, Network, Policy, Range, Sticky, Uplink
 
@@ -154,7 +155,9 @@ class _Writer:
                 mine = [n for n in networks if n.version == family.version]
                 if networks and not mine:
                     break
-                if mine:
+                if any(n.prefixlen == 0 for n in mine):
+                    parts.append(f"meta nfproto ipv{family.version}")
+                elif mine:
                     parts.append(
                         f"{ip} {side} {self.prefixes(f'{name}_{side}{family.version}', family, mine)}"
                     )
@@ -281,6 +284,11 @@ def concerns(match: Match, local: bool) -> bool:
     if local:
         return not match.mac and (not match.iif or "lo" in match.iif)
     return not (match.user or match.group or match.unit) and match.iif != ("lo",)
+
+
+def balanced(standings: Mapping[Key, Standing]) -> frozenset[str]:
+    """Return the uplinks that take part in balancing: those that are up, in a family at least."""
+    return frozenset(name for (name, _), s in standings.items() if s.usable and s.preferred)
 
 
 def shares(balance: Sequence[tuple[str, int]], usable: frozenset[str]) -> tuple[tuple[str, Range], ...]:

@@ -12,6 +12,7 @@ from pbrd.objects import KernelState, Key, Link, Standing
 from pbrd.paths import Paths
 from pbrd.routing import path_fault
 from pbrd.rules import by_preference, has_family, policy_families
+from pbrd.ruleset import balanced, shares
 from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Policy, Uplink
 from pbrd.status import (
     FamilyChoice,
@@ -36,7 +37,16 @@ class View:
     paths: Paths
     standings: Mapping[Key, Standing]
     state: KernelState
+    in_force: frozenset[Policy]  # the others wait for their time
+    open: frozenset[Key]  # tables with a default route: who looks there goes there
     clock: float  # wall clock minus monotonic, seconds
+
+
+def open_tables(config: Config, state: KernelState) -> frozenset[Key]:
+    """Return the uplinks and families whose table has a default route, be it ours or in its place."""
+    keys = [route.key for route in state.routes] + list(state.foreign)
+    names = {uplink.table: uplink.name for uplink in config.uplinks}
+    return frozenset((names[k[1]], k[0]) for k in keys if k[2].prefixlen == 0 and k[1] in names)
 
 
 def iso(seconds: float) -> str:
@@ -131,14 +141,17 @@ def _rounded(ratio: float | None) -> float | None:
 
 def chosen(view: View, policy: Policy, family: Family) -> str | None:
     """Return the uplink that new connections of `policy` take now; "main" counts as usable."""
-    standings = view.standings
-    for name in by_preference(policy.via, family, standings):
-        standing = standings.get((name, family))
-        if name == MAIN or (standing is not None and standing.usable):
+    for name in by_preference(names_of(policy), family, view.standings):
+        if name == MAIN or (name, family) in view.open:
             return name
     if policy.fallback is Fallback.BEST_EFFORT:
-        return next((name for name in policy.via if _reachable(view, name, family)), None)
+        return next((name for name in names_of(policy) if _reachable(view, name, family)), None)
     return None
+
+
+def names_of(policy: Policy) -> tuple[str, ...]:
+    """Return the uplinks that a policy names, in order."""
+    return policy.via or tuple(name for name, _ in policy.balance)
 
 
 def _reachable(view: View, name: str, family: Family) -> bool:
@@ -161,19 +174,21 @@ def policies(view: View, before: Mapping[str, PolicyStatus], now: float) -> tupl
 
 
 def _policy(view: View, policy: Policy, since: str) -> PolicyStatus:
-    choices = {family: chosen(view, policy, family) for family in view.families}
+    is_on = policy in view.in_force
+    choices = {family: chosen(view, policy, family) if is_on else None for family in view.families}
     family = _counting(view, policy)
     active = choices[family]
     state, reason = _judged(view, policy, family, active)
     return PolicyStatus(
         policy.name,
-        policy.via,
+        names_of(policy),
         active,
         policy.fallback.value,
         state,
         FamilyChoice(choices.get(Family.IPV4), choices.get(Family.IPV6)),
         reason,
         since,
+        shares_of(view, policy),
     )
 
 
@@ -181,18 +196,45 @@ def _counting(view: View, policy: Policy) -> Family:
     """Return the family that a policy's `active` speaks of: the first that it and its uplinks have."""
     matching = [family for family in view.families if family in policy_families(policy.match)]
     for family in matching:
-        if MAIN in policy.via or any((name, family) in view.paths.seen for name in policy.via):
+        names = names_of(policy)
+        if MAIN in names or any((name, family) in view.paths.seen for name in names):
             return family
     return (matching or list(view.families))[0]
 
 
 def _judged(view: View, policy: Policy, family: Family, active: str | None) -> tuple[str, str]:
     """Return (state, reason): the reason is why the first choice is not taken."""
-    standing = view.standings.get((active or "", family))
-    if active is None or (active != MAIN and (standing is None or not standing.usable)):
+    if policy not in view.in_force:
+        return "inactive", "not at this time"
+    if active is None or (active != MAIN and (active, family) not in view.open):
         return "fallback", f"no uplink is usable: {policy.fallback.value}"
-    if active == policy.via[0]:
+    names = names_of(policy)
+    missed = next(
+        (name for name in names if name not in (MAIN, active) and _is_missed(view, policy, name, family)), ""
+    )
+    if active == names[0] and not (policy.balance and missed):
         return "preferred", "ok"
-    health = view.paths.healths.get((policy.via[0], family))
+    missed = missed or names[0]
+    health = view.paths.healths.get((missed, family))
     why = f"{health.state.value} ({health.reason.value})" if health else "not there"
-    return "failed-over", f"{policy.via[0]} is {why}"
+    return "failed-over", f"{missed} is {why}"
+
+
+def _is_missed(view: View, policy: Policy, name: str, family: Family) -> bool:
+    """Say whether an uplink that should carry this policy does not: the first one, or one that shares."""
+    if not policy.balance:
+        return name == policy.via[0]
+    standing = view.standings.get((name, family))
+    return (name, family) not in view.open or standing is None or not standing.preferred
+
+
+def shares_of(view: View, policy: Policy) -> dict[str, float] | None:
+    """Return which part of the new connections each uplink of a balanced policy gets."""
+    if not policy.balance:
+        return None
+    slots = shares(policy.balance, balanced(view.standings))
+    total = slots[-1][1].last + 1
+    parts: dict[str, float] = {}
+    for name, part in slots:
+        parts[name] = parts.get(name, 0.0) + (part.last - part.first + 1) / total
+    return {name: round(part, 4) for name, part in parts.items()}

@@ -311,3 +311,142 @@ def test_curl_by_interface_leaves_by_an_uplink_that_is_down(lab: Lab, daemon: St
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lte")
         probe.connect((TARGETS[0], 9))
         assert probe.getsockname()[0] == lab.uplinks[1].address
+
+
+# --- what a hostile administrator found -------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["from", "to"])
+def test_a_prefix_without_length_is_no_selector(lab: Lab, daemon: StartDaemon, side: str) -> None:
+    """The kernel shows 0.0.0.0/0 as nothing: comparing it with our words must not start a fight."""
+    policy = f'[[policies]]\nname = "one"\nmatch = {{ iif = "lan", {side} = ["0.0.0.0/0", "::/0"] }}\n'
+    pbrd = daemon(lab, HEAD + PROBE + UPLINKS + policy + 'via = ["lte"]\nfallback = "unreachable"\n')
+    leaks = lab.counter(f"ip saddr {LAN[0]}")
+    stream = lab.traffic(rate=500)
+    time.sleep(0.5)
+    assert stream.stop().path == ["lte"]
+    assert leaks.read()["fiber"] == 0
+    assert pbrd.status()["drift_repairs"] == 0
+    assert pbrd.command("plan").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "match",
+    ["proto = 'tcp', dport = 22", "proto = 'udp', sport = '1000-2000'", "dscp = 'ef'", "fwmark = '0x0/0x1'"],
+)
+def test_rules_are_read_back_as_they_were_written(lab: Lab, daemon: StartDaemon, match: str) -> None:
+    """Newer kernels add attributes to what they show (masks of ports and DSCP)."""
+    policy = f'[[policies]]\nname = "one"\nmatch = {{ {match} }}\nvia = ["lte"]\n'
+    pbrd = daemon(lab, HEAD + PROBE + UPLINKS + policy)
+    assert pbrd.command("plan").stdout == "nothing to change\n"
+    assert pbrd.status()["drift_repairs"] == 0
+
+
+def test_rules_of_multicast_routing_concern_nobody(lab: Lab, daemon: StartDaemon) -> None:
+    """They come on the same netlink groups; the first VRF of a machine makes some, too."""
+    pbrd = daemon(lab, CONFIG)
+    made = lab.run(lab.router, "ip", "mrule", "add", "iif", "lan", "table", "700", check=False)
+    if made.returncode:
+        pytest.skip(f"no multicast routing here: {made.stderr}")
+    lab.run(lab.router, "ip", "-6", "mrule", "add", "iif", "lan", "table", "700", check=False)
+    time.sleep(0.2)
+    assert pbrd.status()["pid"] == pbrd.pid
+
+
+def test_interfaces_that_come_and_go_without_end_tear_nothing_down(lab: Lab, daemon: StartDaemon) -> None:
+    """A dump of links is then never whole; the mirror must not be left empty."""
+    lab.ip(lab.router, "\n".join(f"link add v{n} type veth peer name w{n}" for n in range(150)))
+    churn = "while :; do ip link add x0 type veth peer name x1; ip link del x0; done 2>/dev/null"
+    for n in range(2):
+        lab.spawn(lab.router, ["sh", "-c", churn.replace("x0", f"x{n}a").replace("x1", f"x{n}b")])
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: all_up(pbrd))
+    transitions = [uplink["transitions"] for uplink in pbrd.status()["uplinks"]]
+    for _ in range(8):
+        pbrd.command("plan")
+    assert [uplink["transitions"] for uplink in pbrd.status()["uplinks"]] == transitions
+    assert "missing" not in pbrd.log
+
+
+def test_table_ids_that_shift_leak_nothing(lab: Lab, daemon: StartDaemon) -> None:
+    """An uplink that is put before others takes over their tables, while rules still look there."""
+    kill = f'[[policies]]\nname = "k"\nmatch = {{ from = "{LAN[1]}" }}\nvia = ["lte"]\n'
+    kill += 'fallback = "unreachable"\n'
+    fiber, lte = '[uplinks.fiber]\ninterface = "fiber"\n', '[uplinks.lte]\ninterface = "lte"\n'
+    probe = "[probe]\ntargets = []\n"
+    pbrd = daemon(lab, HEAD + probe + fiber + lte + kill)
+    leaks = lab.counter(f"ip saddr {LAN[1]}")
+    stream = lab.traffic(rate=2000, src=LAN[1])
+    for order in (lte + fiber, fiber + lte) * 10:
+        assert pbrd.reload(HEAD + probe + order + kill).returncode == 0
+    stream.stop()
+    assert leaks.read()["fiber"] == 0
+
+
+def test_a_restart_with_another_order_of_uplinks_keeps_their_health(lab: Lab, daemon: StartDaemon) -> None:
+    fiber, lte = '[uplinks.fiber]\ninterface = "fiber"\n', '[uplinks.lte]\ninterface = "lte"\n'
+    pbrd = daemon(lab, HEAD + PROBE + fiber + lte + POLICIES)
+    eventually(lambda: all_up(pbrd))
+    lab.silence(0)
+    eventually(lambda: pbrd.uplink("fiber")["state"] == "down")
+    pbrd.stop()
+    pbrd.config.write_text(HEAD + PROBE + lte + fiber + POLICIES)
+    pbrd.restart()
+    assert pbrd.uplink("lte")["state"] != "down"
+    assert lab.exit_of() == "lte"
+
+
+def test_an_error_route_as_default_of_main_is_named(lab: Lab, daemon: StartDaemon) -> None:
+    """It ends the walk of rules at `lookup main`, whatever suppress_prefixlength says."""
+    lab.ip(lab.router, "route add unreachable default metric 50")
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: "an error route is the default of the main table" in pbrd.log)
+
+
+def test_a_default_by_a_gateway_of_the_other_family_is_no_gateway(lab: Lab, daemon: StartDaemon) -> None:
+    lab.ip(lab.router, "route del default dev fiber metric 100")
+    lab.run(
+        lab.router,
+        "ip",
+        "-4",
+        "route",
+        "add",
+        "default",
+        "via",
+        "inet6",
+        lab.uplinks[0].gateway6,
+        "dev",
+        "fiber",
+    )
+    pbrd = daemon(lab, CONFIG)
+    assert default_of(lab, 200) == ""
+    assert pbrd.uplink("fiber")["ipv4"] is None
+
+
+def test_the_source_address_of_the_learned_default_is_kept(lab: Lab, daemon: StartDaemon) -> None:
+    lab.ip(lab.router, "addr add 10.0.1.77/24 dev fiber")
+    gateway = lab.uplinks[0].gateway
+    lab.ip(lab.router, f"route replace default via {gateway} dev fiber src 10.0.1.77 proto dhcp metric 100")
+    daemon(lab, CONFIG)
+    assert "src 10.0.1.77" in default_of(lab, 200)
+
+
+def test_what_bears_our_number_but_is_not_ours_goes(lab: Lab, daemon: StartDaemon) -> None:
+    odd = ("not from 10.9.9.9 lookup 200 priority 12000", "from 10.9.9.8 goto 32766 priority 12001")
+    for rule in odd:
+        lab.run(lab.router, "ip", "rule", "add", *rule.split(), "protocol", "112")
+    lab.ip(lab.router, "route add blackhole 10.99.0.0/16 table 200 proto 112")
+    pbrd = daemon(lab, CONFIG)
+    rules = lab.run(lab.router, "ip", "rule").stdout
+    assert "12000:" not in rules
+    assert "12001:" not in rules
+    assert "blackhole" not in lab.run(lab.router, "ip", "route", "show", "table", "200").stdout
+    assert pbrd.command("plan").returncode == 0
+
+
+def test_status_does_not_claim_an_uplink_whose_route_the_kernel_refuses(
+    lab: Lab, daemon: StartDaemon
+) -> None:
+    own = lab.uplinks[0].address6
+    pbrd = daemon(lab, CONFIG.replace('interface = "fiber"', f'interface = "fiber"\ngateway6 = "{own}"'))
+    assert pbrd.policy("default")["families"]["ipv6"] == "lte"
