@@ -4,7 +4,9 @@
 `warnings` are lines for people. Everything here judges typed values.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from pbrd.errors import Problem
@@ -16,6 +18,7 @@ from pbrd.settings import (
     Family,
     GatewayMode,
     Match,
+    Network,
     OnStop,
     Policy,
     Range,
@@ -23,6 +26,7 @@ from pbrd.settings import (
 )
 
 Gap = tuple[str, Callable[[Any], object], str]  # key, whether it is used, the remedy
+Places = Callable[[Any], Iterator[Hashable]]
 
 # What is parsed and not done yet: whoever does it takes the line out.
 DAEMON_GAPS: tuple[Gap, ...] = (
@@ -128,7 +132,7 @@ def warnings(config: Config) -> tuple[str, ...]:
 
 def _idle(config: Config) -> Iterator[str]:
     if not any(uplink.enabled for uplink in config.uplinks):
-        yield "uplinks: none is enabled, so nothing is routed; describe one in [uplinks.NAME]"
+        yield "uplinks: none is enabled, so nothing is routed; leave out enabled = false where it is wrong"
     elif not config.all_policies:
         yield "policies: there are none, so nothing fails over; add [[policies]] or [default]"
 
@@ -170,52 +174,95 @@ def _capped_quorums(config: Config) -> Iterator[str]:
 
 
 def _shadowed(config: Config) -> Iterator[str]:
+    """Yield a line for each policy that is sure never to decide.
+
+    To compare 5,000 policies by pairs takes a minute. So each key of `match` has an index, and sets of
+    policies are numbers: bit N is policy N in the order in which packets meet them.
+    """
     # Rules of policies with override_main come before all others.
     order = sorted(config.policies, key=lambda policy: not policy.match.override_main)
-    for index, later in enumerate(order):
-        for earlier in order[:index]:
-            if _decides(earlier, later) and _covers(earlier.match, later.match):
-                other = _place(earlier)
-                yield f"{_place(later)}: never decides, as {other} matches the same before it; move it up"
-                break
+    indexes = {key: _Index(places) for key, places in PLACES.items()}
+    stopping = 0  # the policies behind which nothing goes on
+    trying: dict[frozenset[str], int] = {}  # by the uplinks that are all unusable when a packet goes on
+    for number, later in enumerate(order):
+        policy, names, before = 1 << number, _offered(later), stopping
+        if later.fallback is Fallback.NEXT:  # else it has more to offer than uplinks
+            before |= _union(policies for tried, policies in trying.items() if names <= tried)
+        for key, index in indexes.items():
+            items = getattr(later.match, key)
+            before = before and before & index.covering(items)
+            index.add(items, policy)
+        if before:
+            other = _place(order[(before & -before).bit_length() - 1])
+            yield f"{_place(later)}: never decides, as {other} matches the same before it; move it up"
+        if later.fallback in KILL_SWITCHES:
+            stopping |= policy
+        trying[names] = trying.get(names, 0) | policy
 
 
-def _decides(earlier: Policy, later: Policy) -> bool:
-    """Tell whether nothing that `earlier` matches is left for `later`, even with every uplink down."""
-    if earlier.fallback in KILL_SWITCHES:
-        return True
-    # What goes on from `earlier` finds its uplinks unusable, so `later` must have more to offer.
-    names = {name for name, _ in earlier.balance} | set(earlier.via)
-    return later.fallback is Fallback.NEXT and ({name for name, _ in later.balance} | set(later.via)) <= names
+def _offered(policy: Policy) -> frozenset[str]:
+    return frozenset((*policy.via, *(name for name, _ in policy.balance)))
 
 
-def _covers(wide: Match, narrow: Match) -> bool:
-    """Tell whether all that `narrow` matches is sure to match `wide`, in the simple cases."""
-    return all(
-        not outer or (inner and all(any(holds(a, b) for a in outer) for b in inner))
-        for outer, inner, holds in (
-            (wide.source, narrow.source, _holds_network),
-            (wide.destination, narrow.destination, _holds_network),
-            (wide.iif, narrow.iif, _holds_interface),
-            (wide.sport, narrow.sport, _holds_range),
-            (wide.dport, narrow.dport, _holds_range),
-            (wide.user, narrow.user, _holds_range),
-            (wide.group, narrow.group, _holds_range),
-            *(
-                (getattr(wide, key), getattr(narrow, key), lambda a, b: a == b)
-                for key in ("proto", "fwmark", "dscp", "mac", "unit", "time", "days")
-            ),
-        )
-    )
+def _union(sets: Iterable[int]) -> int:
+    return reduce(or_, sets, 0)
 
 
-def _holds_network(outer: Any, inner: Any) -> bool:
-    return outer.version == inner.version and bool(inner.subnet_of(outer))
+class _Index:
+    """What the policies so far say under one key of `match`, each item at its place."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.silent = 0  # the policies that leave the key out
+        self.said: dict[Hashable, dict[Any, int]] = {}  # place → item → policies
+
+    def add(self, items: Sequence[Any], policy: int) -> None:
+        """Take in what a policy says."""
+        if not items:
+            self.silent |= policy
+        for item in items:
+            here = self.said.setdefault(next(self.places(item)), {})
+            here[item] = here.get(item, 0) | policy
+
+    def covering(self, items: Sequence[Any]) -> int:
+        """Return the policies that match all of `items`."""
+        found = -1 if items else 0
+        for item in items:
+            found = found and found & _union(self._holding(item))
+        return self.silent | found
+
+    def _holding(self, item: Any) -> Iterator[int]:
+        for place in self.places(item):
+            for outer, policies in self.said.get(place, {}).items():
+                if not isinstance(item, Range) or (outer.first <= item.first and item.last <= outer.last):
+                    yield policies
 
 
-def _holds_interface(outer: str, inner: str) -> bool:
-    return outer == inner or (outer.endswith("*") and inner.startswith(outer[:-1]))
+def _prefixes(network: Network) -> Iterator[Hashable]:
+    number, width = int(network.network_address), network.max_prefixlen
+    return ((width, length, number >> width - length) for length in range(network.prefixlen, -1, -1))
 
 
-def _holds_range(outer: Range, inner: Range) -> bool:
-    return outer.first <= inner.first and inner.last <= outer.last
+def _blocks(numbers: Range) -> Iterator[Hashable]:
+    """Return the blocks, as prefixes are, that hold a range. What holds it stands at one of them."""
+    smallest = (numbers.first ^ numbers.last).bit_length()
+    return ((bits, numbers.first >> bits) for bits in range(smallest, 33))
+
+
+def _patterns(interface: str) -> Iterator[Hashable]:
+    yield interface
+    yield from (f"{interface[:length]}*" for length in range(len(interface) + 1))
+
+
+def _itself(item: Hashable) -> Iterator[Hashable]:
+    yield item
+
+
+# Where an item stands, and then all the places where one may stand that holds it.
+PLACES: Mapping[str, Places] = {
+    "source": _prefixes,
+    "destination": _prefixes,
+    "iif": _patterns,
+    **dict.fromkeys(("sport", "dport", "user", "group"), _blocks),
+    **dict.fromkeys(("proto", "fwmark", "dscp", "mac", "unit", "time", "days"), _itself),
+}

@@ -38,7 +38,7 @@ from pbrd.document import (
 from pbrd.errors import ConfigError
 from pbrd.policies import Lookup, ReadText, Surroundings, read_default, read_policy
 from pbrd.rules import without_room
-from pbrd.settings import Config, Daemon, Failback, OnStop, Policy
+from pbrd.settings import Config, Daemon, Failback, OnStop, Policy, Uplink
 from pbrd.uplinks import HIGHEST_TABLE, read_uplinks
 from pbrd.values import shown
 
@@ -125,6 +125,8 @@ def parse(
 
 
 def _read_utf8(path: str) -> str:
+    if Path(path).exists() and not Path(path).is_file():  # to read a pipe is to wait, maybe for ever
+        raise OSError(22, "not a regular file", path)
     return Path(path).read_text(encoding="utf-8-sig")  # a byte order mark is no reason to refuse a file
 
 
@@ -167,6 +169,7 @@ def _judged(
     root, policies = _document(texts, report)
     daemon = Daemon(**read(root.tables["daemon"], DAEMON, report)) if "daemon" in root.tables else Daemon()
     uplinks = read_uplinks(root, daemon, report)
+    _judge_presence(root.file, uplinks, report)
     names = tuple(uplink.name for uplink in uplinks)
     around = Surroundings(names, daemon.fwmark_mask, users, groups, read_text)
     found = [(table, read_policy(table, around, report)) for table in policies]
@@ -197,6 +200,13 @@ def _document(texts: Sequence[tuple[str, str]], report: Report) -> tuple[Table, 
         sections = {key: value for key, value in data.items() if key in SHAPE}
         overlay(root, sections, file, SHAPE, report)
     return root, policies
+
+
+def _judge_presence(file: str, uplinks: Sequence[Uplink], report: Report) -> None:
+    """Report it if there is no uplink: a file cut short must not take every rule away, kill switches too."""
+    told = any(problem.place.startswith("uplink") for problem in report.problems)
+    if not uplinks and report.whole and not told:
+        report.add(file, "", "no uplink is configured; write at least one [uplinks.NAME]")
 
 
 def _judge_names(policies: Sequence[tuple[Table, Policy]], report: Report) -> None:

@@ -1,5 +1,9 @@
 """The config: what is read, what is refused and in which words, over one file and over many."""
 
+import os
+import subprocess
+import sys
+import time
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
 from typing import Any
@@ -92,6 +96,7 @@ interface = "eth0"
 [uplinks.lte]
 interface = "eth1"
 """
+NO_UPLINK = "no uplink is configured; write at least one [uplinks.NAME]"
 USERS = {"backup": 34}
 
 
@@ -158,11 +163,27 @@ def test_the_example_file_loads() -> None:
     assert unsupported(config) == ()
 
 
-def test_an_empty_file_is_a_config_that_does_nothing() -> None:
-    assert of("") == Config()
-    assert warnings(of("")) == (
-        "uplinks: none is enabled, so nothing is routed; describe one in [uplinks.NAME]",
-    )
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", [NO_UPLINK]),  # what a full disk or an editor that dies leaves of a config
+        ("daemon.fwmark_mask = 1", [NO_UPLINK, "daemon.fwmark_mask: 0x1 is a single bit; "]),
+        ("[uplinks]", [NO_UPLINK]),
+        ("[uplink.x]", ['uplink: there is no such section (did you mean "uplinks"?)']),
+        ("uplinks = 3", ["uplinks: 3 is a number; write a table [uplinks]"]),
+        ("uplinks.x = 3", ["uplinks.x: 3 is a number; write a table [uplinks.x]"]),
+        ("[uplinks", ["line 1, column 9: "]),
+    ],
+)  # fmt: skip
+def test_a_config_without_uplinks_is_refused(text: str, lines: list[str]) -> None:
+    found = problems(text)
+    assert len(found) == len(lines)
+    assert all(any(line.startswith(start) for line in found) for start in lines), found
+
+
+def test_an_uplink_in_any_of_the_files_is_enough() -> None:
+    (uplink,) = parse([("pbrd.toml", ""), ("conf.d/a.toml", "uplinks.a.interface = 'a'")]).uplinks
+    assert uplink.name == "a"
 
 
 @pytest.mark.parametrize(
@@ -383,7 +404,8 @@ def test_an_empty_file_is_a_config_that_does_nothing() -> None:
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_place_and_remedy(text: str, remark: str) -> None:
-    lines = [line for line in problems(text) if not line.startswith("uplinks.fiber.interface")]
+    lines = [line for line in problems(text) if line != NO_UPLINK]
+    lines = [line for line in lines if not line.startswith("uplinks.fiber.interface")]
     assert any(line.startswith(remark) for line in lines), lines
     assert len(lines) == 1 or "supported" in "".join(lines[1:]), lines
 
@@ -573,7 +595,7 @@ def test_there_are_at_most_99_uplinks() -> None:
 explicit = st.integers(1, 2300) | st.integers(HIGHEST_TABLE - 5, HIGHEST_TABLE)
 
 
-@given(st.lists(st.none() | explicit, max_size=99), st.integers(1, 2000))
+@given(st.lists(st.none() | explicit, min_size=1, max_size=99), st.integers(1, 2000))
 def test_no_table_is_given_out_twice_or_taken_from_the_kernel(wanted: list[int | None], base: int) -> None:
     text = f"daemon.table_base = {base}\n" + "".join(
         f"[uplinks.u{index}]\ninterface = 'e{index}'\n" + ("" if number is None else f"table = {number}\n")
@@ -626,6 +648,10 @@ def test_tables_are_filled_up_in_order(wanted: list[int | None], base: int, ids:
             "[uplinks.a]\ninterface = 'a'\ngateway6 = 'off'",
             ["policies: there are none, so nothing fails over; add [[policies]] or [default]"],
         ),
+        (
+            "[uplinks.a]\ninterface = 'a'\ngateway6 = 'off'\nenabled = false",
+            ["uplinks: none is enabled, so nothing is routed; leave out enabled = false where it is wrong"],
+        ),
         ("[uplinks.a]\ninterface = 'a'\ngateway6 = 'off'\n[default]\nvia = 'a'", []),
     ],
 )  # fmt: skip
@@ -659,10 +685,23 @@ def test_a_policy_that_never_decides_is_warned_of(first: str, second: str, shado
     assert (line in warnings(of(text))) is shadowed
 
 
+def test_thousands_of_policies_are_judged_at_once() -> None:
+    nets = [f"10.{number >> 8}.{number & 255}.0/24" for number in range(4998)]
+    texts = [f"match = {{ from = '{net}', proto = 'tcp', dport = 443 }}\nvia = 'lte'" for net in nets]
+    texts = ["match.to = '192.0.2.0/24'\nvia = 'lte'", *texts, texts[2500].replace(".0/24", ".64/26")]
+    numbered = (f"[[policies]]\nname = 'p{number}'\n{text}\n" for number, text in enumerate(texts))
+    config = of(f"probe.targets = ['::1234', '1.1.1.1']\n{UPLINKS}" + "".join(numbered))
+    before = time.process_time()
+    assert warnings(config) == (
+        "policies.p4999: never decides, as policies.p2501 matches the same before it; move it up",
+    )
+    assert time.process_time() - before < 1
+
+
 class TestFiles:
     def test_fragments_are_read_in_the_order_of_their_names(self, tmp_path: Path) -> None:
         (tmp_path / "conf.d").mkdir()
-        (tmp_path / "pbrd.toml").write_text("\ufeff[daemon]\ntable_base = 300\n")
+        (tmp_path / "pbrd.toml").write_text("\ufeff[daemon]\ntable_base = 300\n" + UPLINKS)
         for name, base in (("20.toml", 500), ("10.toml", 400), (".#30.toml", 600), ("40.toml~", 700)):
             (tmp_path / "conf.d" / name).write_text(f"daemon.table_base = {base}")
         assert load(tmp_path / "pbrd.toml").daemon.table_base == 500
@@ -685,6 +724,27 @@ class TestFiles:
             ("a.toml", ""),
             ("b.toml", "line 2"),
         ]
+
+    @pytest.mark.parametrize("place", ["pbrd.toml", "conf.d/a.toml", "conf.d/nets"])
+    def test_a_pipe_in_place_of_a_file_is_named_and_not_waited_for(self, place: str, tmp_path: Path) -> None:
+        (tmp_path / "conf.d").mkdir()
+        (tmp_path / "pbrd.toml").write_text(UPLINKS)
+        match = "[[policies]]\nname = 'p'\nmatch.from_file = 'nets'\nvia = 'lte'"
+        (tmp_path / "conf.d" / "a.toml").write_text(match)
+        (tmp_path / place).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / place)
+        check = [sys.executable, "-m", "pbrd", "check", str(tmp_path / "pbrd.toml")]
+        done = subprocess.run(check, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=10)
+        assert done.returncode == 78
+        words = f"{tmp_path / place}: cannot read it: not a regular file; it must be a readable file"
+        if place.endswith("nets"):
+            words = ": not a regular file; name a file with one prefix a line"
+        assert words in done.stderr
+
+    def test_a_device_in_place_of_a_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "pbrd.toml").symlink_to("/dev/null")
+        with pytest.raises(ConfigError, match="cannot read it: not a regular file; it must be a readable"):
+            load(tmp_path / "pbrd.toml")
 
     def test_users_are_those_of_the_machine(self, tmp_path: Path) -> None:
         (tmp_path / "pbrd.toml").write_text(policy("user = ['root', 'no-such-user', \"a\\u0000b\"]"))
