@@ -15,7 +15,7 @@ import pytest
 
 from pbrd.client import call
 from pbrd.errors import ControlError, LabError
-from pbrd.lab import TARGETS, TARGETS6, Lab, Uplink
+from pbrd.lab import LAN, TARGETS, TARGETS6, Lab, Uplink
 
 # Configs of tests are put together from these; `names` must never be the host's.
 HEAD = '[daemon]\nnames = ""\n'
@@ -97,6 +97,23 @@ def all_up(daemon: "Daemon") -> bool:
     """Whether every uplink of the daemon is up."""
     uplinks = daemon.status().get("uplinks", [])
     return bool(uplinks) and all(uplink["state"] == "up" for uplink in uplinks)
+
+
+class Leaving:
+    """A stream whose packets are also counted where they leave, by the kernel.
+
+    A busy machine makes answers late, and late is lost; but it makes no packet leave elsewhere or nowhere.
+    """
+
+    def __init__(self, lab: Lab, src: str = LAN[0], rate: int = 1000) -> None:
+        family = "ip6" if ":" in src else "ip"
+        self.counter = lab.counter(f"{family} saddr {src} meta l4proto udp")
+        self.stream = lab.traffic(rate=rate, src=src)
+
+    def stop(self) -> tuple[list[str], int]:
+        """End it; return its path, and how many packets left by no uplink."""
+        result = self.stream.stop()
+        return result.path, result.sent - sum(self.counter.read().values())
 
 
 def let_others_in(directory: Path) -> Path:

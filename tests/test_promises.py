@@ -8,7 +8,7 @@ from signal import SIGHUP, SIGKILL, SIGTERM, SIGUSR1
 from subprocess import DEVNULL
 
 import pytest
-from conftest import HEAD, PROBE, UPLINKS, StartDaemon, all_up, eventually
+from conftest import HEAD, PROBE, UPLINKS, Leaving, StartDaemon, all_up, eventually
 
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab
 
@@ -103,16 +103,14 @@ def test_a_restart_under_load_loses_nothing_and_writes_nothing(
 ) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
     eventually(lambda: all_up(pbrd))
-    stream = lab.traffic(rate=1000)
+    stream = Leaving(lab)
     writes = Writes(lab, tmp_path)
     for _ in range(3):
         pbrd.stop(number)
         pbrd.restart()
         eventually(lambda: all_up(pbrd))
     assert writes.seen() == ""
-    result = stream.stop()
-    assert result.lost == 0
-    assert result.path == ["fiber"]
+    assert stream.stop() == (["fiber"], 0)
 
 
 @pytest.mark.parametrize("state", ["down", "recovering"])
@@ -169,16 +167,14 @@ def test_sighup_reloads(lab: Lab, daemon: StartDaemon) -> None:
 def test_reloads_under_load_cost_nobody_a_packet(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
     eventually(lambda: all_up(pbrd))
-    default, secret = lab.traffic(rate=1000), lab.traffic(rate=1000, src=LAN[1])
+    default, secret = Leaving(lab), Leaving(lab, LAN[1])
     more = "".join(
         f'[[policies]]\nname = "p{n}"\nmatch = {{ to = "10.{n}.0.0/16" }}\nvia = ["fiber", "lte"]\n'
         for n in range(20)
     )
     for text in (CONFIG.replace("[[policies]]", more + "[[policies]]", 1), CONFIG) * 3:
         assert pbrd.reload(HEAD + text).returncode == 0
-    results = default.stop(), secret.stop()
-    assert [result.lost for result in results] == [0, 0]
-    assert [result.path for result in results] == [["fiber"], ["lte"]]
+    assert (default.stop(), secret.stop()) == ((["fiber"], 0), (["lte"], 0))
 
 
 def test_an_uplink_that_leaves_the_config_leaves_the_kernel(lab: Lab, daemon: StartDaemon) -> None:
@@ -339,12 +335,11 @@ def test_exit_codes_without_a_daemon_and_with_a_second_one(lab: Lab, daemon: Sta
 def test_another_mask_and_other_priorities_by_reload(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
     eventually(lambda: all_up(pbrd))
-    stream = lab.traffic(rate=1000)
+    stream = Leaving(lab)
     assert pbrd.reload(HEAD + "fwmark_mask = 0x00f00000\nrule_priority = 2000\n" + CONFIG).returncode == 0
     rules = lab.run(lab.router, "ip", "rule").stdout
     assert "fwmark 0xf00000/0xf00000" in rules
     assert not [line for line in rules.splitlines() if line.startswith("1") and "proto 112" in line]
     time.sleep(1)
     assert all_up(pbrd)
-    result = stream.stop()
-    assert (result.path, result.lost) == (["fiber"], 0)
+    assert stream.stop() == (["fiber"], 0)

@@ -4,7 +4,7 @@ import socket
 import time
 
 import pytest
-from conftest import HEAD, PROBE, UPLINKS, MakeLab, StartDaemon, all_up, eventually
+from conftest import HEAD, PROBE, UPLINKS, Leaving, MakeLab, StartDaemon, all_up, eventually
 
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab, Uplink
 
@@ -89,7 +89,7 @@ def test_dhcp_brings_another_gateway_and_the_same_one_again(lab: Lab, daemon: St
     eventually(lambda: all_up(pbrd))
     transitions = pbrd.uplink("fiber")["transitions"]
     again = f"route replace default via {lab.uplinks[0].gateway} dev fiber proto dhcp metric 100"
-    stream = lab.traffic(rate=1000)
+    stream = Leaving(lab)
     for _ in range(5):
         lab.ip(lab.router, again)
     lab.ip(lab.router, f"route del default dev fiber metric 100\n{again.replace('replace', 'add')}")
@@ -98,7 +98,7 @@ def test_dhcp_brings_another_gateway_and_the_same_one_again(lab: Lab, daemon: St
     eventually(lambda: "10.0.1.254" in default_of(lab, 200))
     eventually(lambda: pbrd.uplink("fiber")["ipv4"]["gateway"] == "10.0.1.254")
     time.sleep(0.3)
-    assert stream.stop().lost == 0
+    assert stream.stop() == (["fiber"], 0)
     assert pbrd.uplink("fiber")["transitions"] == transitions
     assert "gateway changed" in pbrd.log
 
