@@ -342,6 +342,7 @@ class Daemon:
             self.kernel.follow(self.config)
             raise
         before, table = self.kernel.state(), self.netfilter.applied
+        names.move(self.config, fresh)
         self.config = self.judge.follow(fresh, before, now_here())
         self.paths.follow(
             fresh, self.kernel.families, adopted_standings(self.judge.current, before), time.monotonic()

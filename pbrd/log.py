@@ -52,6 +52,8 @@ def _for_people(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
 
 def open_log() -> structlog.stdlib.BoundLogger:
     """Configure structlog for this process and return the logger."""
+    if sys.stderr is None:  # whoever started us closed it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
     journal = "JOURNAL_STREAM" in os.environ
     console = structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty() and not journal,

@@ -29,12 +29,18 @@ def register(config: Config) -> str | None:
     """Write the files; return why that failed, or None. Names are a comfort: no reason to stop."""
     try:
         for path, text in files(config).items():
-            if not path.exists() or (_is_ours(path) and path.read_text() != text):
+            if not path.exists() or (_is_ours(path) and path.read_bytes() != text.encode()):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
     except OSError as error:
         return f"cannot write {error.filename}: {error.strerror}"
     return None
+
+
+def move(former: Config, fresh: Config) -> None:
+    """Remove the files of `former`, unless `register` is about to write `fresh` in the same place."""
+    if files(former).keys() != files(fresh).keys():
+        unregister(former)
 
 
 def unregister(config: Config) -> None:
@@ -46,4 +52,4 @@ def unregister(config: Config) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.read_text().startswith(HEADER)
+    return path.is_file() and path.read_bytes().startswith(HEADER.encode())

@@ -51,7 +51,11 @@ class Requests:
     """The socket for changes and dumps. Not shared with events: those would answer for each other."""
 
     def __init__(self) -> None:
-        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_ROUTE)
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        try:
+            self.socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_ROUTE)
+        except OSError as error:
+            raise KernelError(f"cannot open a netlink socket: {error.strerror}", error.errno or 0) from error
         for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
             self.socket.setsockopt(SOL_NETLINK, option, 1)
         with suppress(PermissionError):  # `pbrd plan` of a user: its few dumps fit the default

@@ -46,12 +46,10 @@ class Originals:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.values: dict[str, int] = {}
-        self.boot = BOOT_ID.read_text().strip()
-        with suppress(OSError, ValueError, TypeError, AttributeError):
-            kept = json.loads(path.read_text())
-            if kept.get("boot") == self.boot:
-                self.values = {str(name): int(value) for name, value in kept["values"].items()}
+        self.boot = ""  # where the kernel does not name it, what is kept counts over boots
+        with suppress(OSError):
+            self.boot = BOOT_ID.read_text().strip()
+        self.values = self._kept()
 
     def write(self, sysctl: Sysctl) -> None:
         """Write a sysctl and remember what it was; raises OSError."""
@@ -79,6 +77,23 @@ class Originals:
         """Forget interfaces that are new (they came back with the kernel's defaults)."""
         gone = {name for name in self.values if Path(name).parts[-2] in set(interfaces)}
         self.values = {name: value for name, value in self.values.items() if name not in gone}
+
+    def _kept(self) -> dict[str, int]:
+        """Return what an earlier daemon kept in this boot; a broken file is set aside."""
+        try:
+            kept = json.loads(self.path.read_bytes())
+            if kept["boot"] != self.boot:
+                return {}
+            values = {str(name): int(value) for name, value in kept["values"].items()}
+            if all(Path(name).is_relative_to(ROOT) for name in values):
+                return values
+        except OSError:
+            return {}
+        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+            pass
+        with suppress(OSError):
+            self.path.replace(self.path.with_suffix(".json.broken"))
+        return {}
 
     def _save(self) -> None:
         # A lost file costs a sysctl that stays as it is after a flush: no reason to stop routing.
