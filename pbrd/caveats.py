@@ -13,7 +13,6 @@ from pbrd.errors import Problem
 from pbrd.settings import (
     Config,
     Daemon,
-    Failback,
     Fallback,
     Family,
     GatewayMode,
@@ -30,47 +29,13 @@ Places = Callable[[Any], Iterator[Hashable]]
 
 # What is parsed and not done yet: whoever does it takes the line out.
 DAEMON_GAPS: tuple[Gap, ...] = (
-    ("failback", lambda daemon: daemon.failback is Failback.IMMEDIATE, 'use "graceful"'),
     ("metrics", lambda daemon: daemon.metrics, "leave it out, and read `pbrd status --json`"),
 )
-UPLINK_GAPS: tuple[Gap, ...] = (
-    ("nat", lambda uplink: uplink.nat, "leave it out, and masquerade by a rule of your own firewall"),
-    ("nat6", lambda uplink: uplink.nat6, "leave it out, and masquerade by a rule of your own firewall"),
-)
-POLICY_GAPS: tuple[Gap, ...] = (
-    (
-        "balance",
-        lambda policy: policy.balance,
-        'name uplinks in order of preference, as in via = ["fiber", "lte"]',
-    ),
-    ("failback", lambda policy: policy.failback is Failback.IMMEDIATE, 'use "graceful"'),
-)
-MATCH_GAPS: tuple[Gap, ...] = (
-    ("group", lambda match: match.group, "use user"),
-    ("mac", lambda match: match.mac, "use from with the address of the client"),
-    ("unit", lambda match: match.unit, "use user with the user that the unit runs as"),
-    ("time", lambda match: match.time, "leave it out"),
-    ("days", lambda match: match.days, "leave it out"),
-    ("from_file", lambda match: match.source_file, "write the prefixes into from"),
-    ("to_file", lambda match: match.destination_file, "write the prefixes into to"),
-    # The kernel refuses it: fib_rule_port_range_valid() in include/net/fib_rules.h.
-    (
-        "sport",
-        lambda match: _holds_last_port(match.sport),
-        "the kernel's rules end at 65534, so end the range there",
-    ),
-    (
-        "dport",
-        lambda match: _holds_last_port(match.dport),
-        "the kernel's rules end at 65534, so end the range there",
-    ),
-)
+UPLINK_GAPS: tuple[Gap, ...] = ()
+POLICY_GAPS: tuple[Gap, ...] = ()
+MATCH_GAPS: tuple[Gap, ...] = ()
 
 KILL_SWITCHES = frozenset({Fallback.UNREACHABLE, Fallback.BLACKHOLE, Fallback.PROHIBIT})
-
-
-def _holds_last_port(ranges: Iterable[Range]) -> bool:
-    return any(ports.last == 65535 for ports in ranges)
 
 
 def _gaps(table: Sequence[Gap], thing: object) -> Iterator[tuple[str, str]]:

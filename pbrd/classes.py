@@ -128,7 +128,7 @@ def uplinks_in(classes: Iterable[Class]) -> frozenset[str]:
 # --- whether there is a need ------------------------------------------------------------------
 
 LONG = 16  # prefixes in a policy: more of them are a set, not rules
-NATIVE_RULES = 1_000_000  # of a family, for all policies; more are judged by nftables
+NATIVE_RULES = 200  # of a family, for all policies; more are judged by nftables
 NATIVE_LAST_PORT = 65534  # the kernel's rules know no range that ends at 65535
 
 

@@ -10,7 +10,7 @@ B+10903         fwmark 0x08…/0xfc… unreachable
 
 from collections.abc import Iterator, Mapping
 
-from pbrd.classes import Class, classify
+from pbrd.classes import Class, classify, uses_nft
 from pbrd.marks import INBOUND, Marks, marks_of, pin_of
 from pbrd.objects import MAIN_TABLE, Action, Key, Rule, Standing
 from pbrd.rules import (
@@ -21,9 +21,11 @@ from pbrd.rules import (
     DEFAULT_PINS,
     FALLBACK_ACTION,
     PINS,
+    bands,
     by_preference,
     has_family,
     stride_of,
+    width_of,
 )
 from pbrd.settings import MAIN, Config, Fallback, Family, Mark, Uplink
 
@@ -34,10 +36,8 @@ def mark_rules(
     """Yield the rules for marked packets: connections from outside, the classes, and pins of `[default]`."""
     writer = _Writer(config, family, marks_of(config), block, standings)
     yield from writer.inbound()
-    classes = classify(config).classes
-    for place, one in enumerate(classes):
-        yield from writer.override_part(place, one, stride_of(len(classes), CLASS_OVERRIDES_WIDTH))
-        yield from writer.normal_part(place, one, stride_of(len(classes), CLASSES_WIDTH))
+    for place, one, first, overrides in parts(config):
+        yield from writer.part(place, one, first, overrides)
     if config.default is not None:
         yield from writer.pins(0, config.default.via, writer.base + DEFAULT_PINS)
 
@@ -78,24 +78,12 @@ class _Writer:
             value = self.marks.class_(self.block + place) | pin_of(self.marks, uplink)
             yield Rule(self.family, priority, table=uplink.table, fwmark=Mark(value, self.marks.mask))
 
-    def override_part(self, place: int, one: Class, stride: int) -> Iterator[Rule]:
-        """Yield what stands before the main table's specific routes."""
-        if not one.override:
-            return
-        first = self.base + CLASS_OVERRIDES + place * stride
+    def part(self, place: int, one: Class, first: int, overrides: bool) -> Iterator[Rule]:
+        """Yield the rules of a class before main's specific routes (`overrides`), or behind them."""
         yield from self.pins(place, one.uplinks, first)
-        yield from self.lookups(place, one.override, first + 1)
-        if not one.normal:
+        yield from self.lookups(place, one.override if overrides else one.normal, first + 1)
+        if not (overrides and one.normal):
             yield from self.end(place, one, first + 1 + len(one.uplinks))
-
-    def normal_part(self, place: int, one: Class, stride: int) -> Iterator[Rule]:
-        """Yield what stands behind them."""
-        if not one.normal:
-            return
-        first = self.base + CLASSES + place * stride
-        yield from self.pins(place, one.uplinks, first)
-        yield from self.lookups(place, one.normal, first + 1)
-        yield from self.end(place, one, first + 1 + len(one.uplinks))
 
     def lookups(self, place: int, segments: tuple[tuple[str, ...], ...], priority: int) -> Iterator[Rule]:
         """Yield the lookups for new connections; within each segment who is not preferred stands behind."""
@@ -123,18 +111,52 @@ class _Writer:
         return Mark(self.marks.class_(self.block + place), self.marks.classes)
 
 
+def parts(config: Config) -> Iterator[tuple[int, Class, int, bool]]:
+    """Yield (place, class, first priority, whether it stands before main) for each row of rules."""
+    base, classes = config.daemon.rule_priority, tuple(enumerate(classify(config).classes))
+    overrides = [(place, one) for place, one in classes if one.override]
+    others = [(place, one) for place, one in classes if one.normal]
+    stride = stride_of(len(overrides), CLASS_OVERRIDES_WIDTH)
+    for position, (place, one) in enumerate(overrides):
+        yield place, one, base + CLASS_OVERRIDES + position * stride, True
+    stride = stride_of(len(others), CLASSES_WIDTH)
+    for position, (place, one) in enumerate(others):
+        yield place, one, base + CLASSES + position * stride, False
+
+
 def class_bands(config: Config) -> list[tuple[tuple[str, ...], int, int]]:
     """Return (uplinks of a segment, first priority, one past the last) of the lookups of all classes."""
     found = []
-    base, classes = config.daemon.rule_priority, classify(config).classes
-    for start, width, part in (
-        (CLASS_OVERRIDES, CLASS_OVERRIDES_WIDTH, "override"),
-        (CLASSES, CLASSES_WIDTH, "normal"),
-    ):
-        stride = stride_of(len(classes), width)
-        for place, one in enumerate(classes):
-            first = base + start + place * stride + 1
-            for segment in getattr(one, part):
-                found.append((segment, first, first + len(segment)))
-                first += len(segment)
+    for _, one, first, overrides in parts(config):
+        start = first + 1
+        for segment in one.override if overrides else one.normal:
+            found.append((segment, start, start + len(segment)))
+            start += len(segment)
     return found
+
+
+def lack_of_room(config: Config) -> str:
+    """Return what the mask or the priorities have no room for, and the remedy; "" if all fits."""
+    if not uses_nft(config):
+        rows = [
+            (max(map(width_of, policies), default=0), len(policies), width)
+            for policies, _, width in bands(config)
+        ]
+    else:
+        classes = classify(config).classes
+        room = marks_of(config).room
+        if len(classes) > room:
+            return (
+                f"the policies make {len(classes)} different ways, and fwmark_mask has room for {room}; "
+                "widen it, as in fwmark_mask = 0xffff0000"
+            )
+        rows = [
+            (max((1 + len(c.uplinks) + max(1, len(c.end_via)) for c in some), default=0), len(some), width)
+            for some, width in (
+                ([c for c in classes if c.override], CLASS_OVERRIDES_WIDTH),
+                ([c for c in classes if c.normal], CLASSES_WIDTH),
+            )
+        ]
+    if any(stride_of(count, width) < longest for longest, count, width in rows):
+        return "the rules of all policies don't fit into pbrd's priorities; name fewer uplinks in each"
+    return ""

@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"pbrd {__version__}")
     _add_runtime_dir(top, _directory("RUNTIME_DIRECTORY", "/run/pbrd"))
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="name", required=True)
-    for add in (_add_run, _add_check, _add_plan, _add_status, _add_reload, _add_flush, _add_demo):
+    for add in (_add_run, _add_check, _add_plan, _add_status, _add_reload, _add_flush, _add_use, _add_demo):
         add(commands)
     return top
 
@@ -165,6 +165,13 @@ def _add_flush(commands: Commands) -> None:
     about = "remove all that pbrd put into the kernel, and nothing else"
     added = _add(commands, "flush", flush, about, "sudo systemctl stop pbrd && sudo pbrd flush")
     _add_daemon_files(added)
+
+
+def _add_use(commands: Commands) -> None:
+    about = "run one command with all its traffic on one uplink"
+    added = _add(commands, "use", use, about, "sudo pbrd use lte -- curl https://example.net")
+    added.add_argument("uplink", metavar="UPLINK")
+    added.add_argument("argv", metavar="CMD", nargs=argparse.REMAINDER, help="after --")
 
 
 def _add_demo(commands: Commands) -> None:
@@ -259,6 +266,18 @@ def flush(arguments: Arguments) -> int:
         print("the daemon is paused until `pbrd reload`", file=sys.stderr)
     _print_lines(removed, "nothing to remove")
     return DONE
+
+
+def use(arguments: Arguments) -> int:
+    """`pbrd use`: the exit code is the command's."""
+    argv = arguments.argv[1:] if arguments.argv[:1] == ["--"] else arguments.argv
+    if not argv:
+        print("pbrd use: no command; write pbrd use UPLINK -- CMD", file=sys.stderr)
+        return USAGE
+    from pbrd.use import main as run_on
+
+    code: int = run_on(arguments.uplink, argv, arguments.runtime_dir)
+    return code
 
 
 def demo(arguments: Arguments) -> int:

@@ -20,6 +20,7 @@ from pbrd.caveats import (
     unsupported,
     warnings,
 )
+from pbrd.classrules import lack_of_room
 from pbrd.document import (
     SECTIONS,
     SHAPE,
@@ -37,7 +38,6 @@ from pbrd.document import (
 )
 from pbrd.errors import ConfigError
 from pbrd.policies import Lookup, ReadText, Surroundings, read_default, read_policy
-from pbrd.rules import without_room
 from pbrd.settings import Config, Daemon, Failback, OnStop, Policy, Uplink
 from pbrd.uplinks import HIGHEST_TABLE, read_uplinks
 from pbrd.values import shown
@@ -221,12 +221,11 @@ def _judge_names(policies: Sequence[tuple[Table, Policy]], report: Report) -> No
 
 
 def _judge_room(config: Config, policies: Sequence[tuple[Table, Policy]], report: Report) -> None:
-    """Report it if there are more policies than priorities for their rules."""
-    crowded = without_room(config)
-    for table, policy in policies:
-        if crowded is not None and policy is crowded[0]:
-            remark = f"there is room for {crowded[1]} policies as long as the longest; join some by lists"
-            report.add(table.file, table.place, remark)
+    """Report it if the policies need more marks or priorities than there are."""
+    remark = "" if report.problems else lack_of_room(config)
+    if remark and policies:
+        table = policies[-1][0]
+        report.add(table.file, table.place, remark)
 
 
 def _report_gaps(

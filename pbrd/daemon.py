@@ -259,6 +259,7 @@ class Daemon:
             state,
             frozenset((*self.judge.current.policies, *filter(None, [self.config.default]))),
             snapshot.open_tables(self.config, state),
+            self.judge.slices() if self.netfilter.settled and not self.paused else {},
             time.time() - now,
         )
         before = {policy.name: policy for policy in self.shown.policies} if self.shown else {}

@@ -19,7 +19,7 @@ from pbrd.marks import FIRST, blocks_of, marks_of
 from pbrd.objects import KernelState, Key, Standing
 from pbrd.routing import adopted_block, adopted_numbers
 from pbrd.settings import Config
-from pbrd.units import CGroup, expression
+from pbrd.units import CGroup, expression, slice_of
 
 
 class Judge:
@@ -77,7 +77,16 @@ class Judge:
         if key != self._written:
             self._written = key
             self._text = ruleset.text(self.current, self.block, _expressions(cgroups), usable)
+            if self._text:
+                # nft turns the path of a cgroup into its number: another number is another text.
+                self._text += "".join(f"# cgroup {one.id}\n" for found in cgroups.values() for one in found)
         return self._text
+
+    def slices(self) -> dict[str, tuple[int, ...]]:
+        """Return the cgroups of each uplink's slice."""
+        cgroups = self.watch.cgroups if self.watch else {}
+        names = [uplink.name for uplink in self.config.uplinks]
+        return {name: tuple(one.id for one in cgroups.get(slice_of(name), ())) for name in names}
 
     def close(self) -> None:
         """Stop watching units."""

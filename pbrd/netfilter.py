@@ -15,6 +15,7 @@ from pbrd.eviction import Eviction
 from pbrd.nftables import Table, digest
 
 RETRY = 2.0  # seconds until a refused table is tried again
+REST = 0.05  # seconds between two replacements: whoever can start units must not keep us busy
 
 
 class Netfilter:
@@ -65,6 +66,7 @@ class Netfilter:
             self.work.clear()
             try:
                 await self.settle()
+                await asyncio.sleep(REST)
             except KernelError as error:
                 self.log.error("nftables table is not in force", reason=str(error))
                 asyncio.get_running_loop().call_later(RETRY, self.work.set)

@@ -259,15 +259,6 @@ def bands(config: Config) -> tuple[tuple[list[Policy], int, int], ...]:
     )
 
 
-def without_room(config: Config) -> tuple[Policy, int] | None:
-    """Return a policy that its band of priorities has no room for, and how many of its length would fit."""
-    for policies, _, width in bands(config):
-        widest = max(map(width_of, policies), default=0)
-        if stride_of(len(policies), width) < widest:
-            return policies[-1], width // min(s for s in STRIDES if s >= min(widest, STRIDES[0]))
-    return None
-
-
 def policy_bands(config: Config) -> Iterator[tuple[Policy, int, int]]:
     """Yield each policy with its priorities: first, and one past the last."""
     base = config.daemon.rule_priority

@@ -39,6 +39,7 @@ class View:
     state: KernelState
     in_force: frozenset[Policy]  # the others wait for their time
     open: frozenset[Key]  # tables with a default route: who looks there goes there
+    slices: Mapping[str, tuple[int, ...]]  # cgroups of uplink-NAME.slice that nftables knows, by uplink
     clock: float  # wall clock minus monotonic, seconds
 
 
@@ -83,6 +84,7 @@ def _uplink(view: View, uplink: Uplink, now: float) -> UplinkStatus:
         _family(view, uplink, Family.IPV4),
         _family(view, uplink, Family.IPV6),
         _probe(view, present if uplink.enabled else []),
+        view.slices.get(uplink.name, ()),
     )
 
 

@@ -44,7 +44,10 @@ class ProbeStatus:
 
 @dataclass(frozen=True, slots=True)
 class UplinkStatus:
-    """One uplink. `ipv4` and `ipv6` are None for a family that it does not have."""
+    """One uplink. `ipv4` and `ipv6` are None for a family that it does not have.
+
+    `cgroups` are the numbers of those that uplink-NAME.slice has and whose traffic goes this way now.
+    """
 
     name: str
     interface: str
@@ -56,6 +59,7 @@ class UplinkStatus:
     ipv4: FamilyStatus | None
     ipv6: FamilyStatus | None
     probe: ProbeStatus
+    cgroups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

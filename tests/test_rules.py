@@ -201,10 +201,10 @@ def test_policies_keep_their_order_and_never_share_a_priority() -> None:
     many = "".join(
         f"[[policies]]\nname = 'p{n}'\nmatch = {{ to = '10.0.{n}.0/24' }}\n"
         "via = ['lte', 'fiber']\nfallback = 'prohibit'\n"
-        for n in range(250)
+        for n in range(60)
     )
     bands = list(policy_bands(config(many)))
-    assert [policy.name for policy, _, _ in bands] == [f"p{n}" for n in range(250)]
+    assert [policy.name for policy, _, _ in bands] == [f"p{n}" for n in range(60)]
     assert all(last <= first for (_, _, last), (_, first, _) in itertools.pairwise(bands))
     assert bands[-1][2] <= 30800
 
@@ -216,15 +216,19 @@ def test_the_stride_between_policies_is_the_largest_that_fits(count: int, stride
     assert stride_of(count, 19800) == stride
 
 
-def test_more_policies_than_priorities_are_refused() -> None:
-    many = "".join(
-        f"[[policies]]\nname = 'p{n}'\nmatch = {{ from = '10.0.{n}.0/24', override_main = true }}\n"
-        "via = ['lte', 'fiber']\nfallback = 'prohibit'\n"
-        for n in range(101)
+def test_more_ways_than_the_mask_has_room_for_are_refused() -> None:
+    more = "".join(f"[uplinks.u{n}]\ninterface = 'u{n}'\n" for n in range(4))
+    names = ["fiber", "lte", "u0", "u1", "u2", "u3"]
+    policies = "".join(
+        f"[[policies]]\nname = 'p{n}'\nmatch = {{ mac = '02:00:00:00:00:{n:02x}' }}\n"
+        f"via = ['{names[n % 6]}', '{names[(n // 6 + n + 1) % 6]}']\nfallback = 'prohibit'\n"
+        for n in range(30)
     )
-    with pytest.raises(ConfigError, match=r"policies\[100\]: there is room for 100 policies"):
-        config(many)
-    assert config(many.replace(", override_main = true", ""))
+    with pytest.raises(
+        ConfigError, match=r"policies make 31 different ways, and fwmark_mask has room for 29"
+    ):
+        config(more + policies)
+    assert config("daemon.fwmark_mask = 0xffff0000\n" + more + policies)
 
 
 def test_keys_leave_out_what_can_never_leave_there() -> None:

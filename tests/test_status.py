@@ -94,7 +94,7 @@ def test_the_document_is_that_of_the_contract() -> None:
         '"ipv4": {"gateway": "192.168.1.1", "source": "dhcp", "installed": true, "state": "up"}, '
         '"ipv6": null, '
         '"probe": {"rtt_ms": 11.2, "jitter_ms": 0.4, "loss": 0.0, '
-        '"targets": [{"address": "1.1.1.1", "answering": true, "rtt_ms": 11.2, "loss": 0.0}]}}], '
+        '"targets": [{"address": "1.1.1.1", "answering": true, "rtt_ms": 11.2, "loss": 0.0}]}, "cgroups": []}], '
         '"policies": [{"name": "backups", "via": ["lte", "fiber"], "active": "lte", "fallback": "next", '
         '"state": "preferred", "families": {"ipv4": "fiber", "ipv6": null}, '
         '"reason": "lte is down (probes)", "since": "2026-11-22T19:40:48.723Z"}], '

@@ -1,0 +1,319 @@
+"""Live connections through NAT: pins, replies, failover, graceful failback; both families, real packets."""
+
+import socket
+from contextlib import closing
+from signal import SIGKILL
+
+import pytest
+from conftest import HEAD, PROBE, UPLINKS, Daemon, MakeLab, StartDaemon, all_up, eventually
+
+from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab, Packet
+
+NAT = UPLINKS.replace('"fiber"', '"fiber"\nnat = true\nnat6 = true').replace(
+    '"lte"', '"lte"\nnat = true\nnat6 = true'
+)
+POLICIES = f"""
+[[policies]]
+name = "backups"
+match = {{ from = ["{LAN[1]}", "{LAN6[1]}"] }}
+via = ["lte", "fiber"]
+[[policies]]
+name = "secret"
+match = {{ from = ["{LAN[2]}", "{LAN6[2]}"] }}
+via = ["lte"]
+fallback = "unreachable"
+[default]
+via = ["fiber", "lte"]
+"""
+CONFIG = HEAD + PROBE + NAT + POLICIES
+
+families = pytest.mark.parametrize(
+    ("source", "target"), [(LAN[0], TARGETS[0]), (LAN6[0], TARGETS6[0])], ids=["ipv4", "ipv6"]
+)
+
+
+def start(lab: Lab, daemon: StartDaemon, text: str = CONFIG) -> Daemon:
+    pbrd = daemon(lab, text)
+    eventually(lambda: all_up(pbrd))
+    return pbrd
+
+
+def served(lab: Lab, space: str, address: str, port: int) -> socket.socket:
+    """Listen for TCP in a namespace."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with lab.inside(space):
+        server = socket.create_server((address, port), family=family, backlog=20)
+    server.settimeout(3)
+    return server
+
+
+def connected(lab: Lab, space: str, source: str, target: str, port: int) -> socket.socket:
+    """Connect by TCP from an address of a namespace."""
+    with lab.inside(space):
+        client = socket.socket(socket.AF_INET6 if ":" in target else socket.AF_INET)
+    client.settimeout(3)
+    if source:
+        client.bind((source, 0))
+    client.connect((target, port))
+    return client
+
+
+def talks(client: socket.socket, peer: socket.socket) -> bool:
+    client.sendall(b"ping")
+    assert peer.recv(4) == b"ping"
+    peer.sendall(b"pong")
+    return client.recv(4) == b"pong"
+
+
+def is_reset(client: socket.socket) -> bool:
+    try:
+        client.sendall(b"more")
+    except ConnectionResetError:
+        return True
+    return False
+
+
+@families
+def test_what_leaves_bears_the_address_of_its_uplink(
+    lab: Lab, daemon: StartDaemon, source: str, target: str
+) -> None:
+    start(lab, daemon)
+    by_fiber = lab.counter(f"ip saddr {lab.uplinks[0].address} udp dport 7777")
+    by_fiber6 = lab.counter(f"ip6 saddr {lab.uplinks[0].address6} udp dport 7777")
+    assert lab.exit_of(src=source, dst=target, dport=7777) == "fiber"
+    assert by_fiber.read()["fiber"] + by_fiber6.read()["fiber"] == 1
+
+
+@families
+def test_a_connection_on_lte_survives_the_healing_of_fiber(
+    lab: Lab, daemon: StartDaemon, source: str, target: str
+) -> None:
+    pbrd = start(lab, daemon)
+    lab.silence(0)
+    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    with served(lab, lab.net, target, 8080) as server:
+        client = connected(lab, lab.lan, source, target, 8080)
+        peer, address = server.accept()
+        with client, peer:
+            assert address[0] in (lab.uplinks[1].wan, lab.uplinks[1].wan6)
+            lab.silence(0, False)
+            eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
+            eventually(lambda: lab.exit_of(src=source, dst=target) == "fiber", within=1)
+            counter = lab.counter("tcp dport 8080")
+            for _ in range(20):
+                assert talks(client, peer)
+            assert counter.read()["fiber"] == 0
+            assert counter.read()["lte"] >= 20
+
+
+@families
+def test_immediate_failback_moves_them_at_once(
+    lab: Lab, daemon: StartDaemon, source: str, target: str
+) -> None:
+    pbrd = start(lab, daemon, CONFIG.replace("[default]", '[default]\nfailback = "immediate"'))
+    lab.silence(0)
+    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    with closing(lab.flow(Packet(dst=target, src=source, sport=5555))) as flow:
+        assert flow.exit() == "lte"
+        lab.silence(0, False)
+        eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
+        eventually(lambda: flow.exit() == "fiber", within=2)
+
+
+@families
+def test_a_udp_flow_moves_when_its_uplink_dies_and_stays_where_it_went(
+    lab: Lab, daemon: StartDaemon, source: str, target: str
+) -> None:
+    pbrd = start(lab, daemon)
+    with closing(lab.flow(Packet(dst=target, src=source, sport=5555))) as flow:
+        assert flow.exit() == "fiber"
+        lab.silence(0)
+        eventually(lambda: pbrd.policy("default")["active"] == "lte")
+        eventually(lambda: flow.exit() == "lte", within=2)
+        lab.silence(0, False)
+        eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
+        eventually(lambda: lab.exit_of(src=source, dst=target) == "fiber", within=1)
+        assert flow.exit() == "lte"
+
+
+@families
+def test_a_connection_on_dead_fiber_is_reset_within_a_second(
+    lab: Lab, daemon: StartDaemon, source: str, target: str
+) -> None:
+    pbrd = start(lab, daemon)
+    with served(lab, lab.net, target, 8080) as server:
+        client = connected(lab, lab.lan, source, target, 8080)
+        peer, _ = server.accept()
+        with client, peer:
+            assert talks(client, peer)
+            lab.carrier(0, False)
+            eventually(lambda: pbrd.policy("default")["active"] == "lte")
+            eventually(lambda: is_reset(client), within=2)
+
+
+def test_flows_of_the_other_uplink_and_of_the_lan_are_not_touched(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = start(lab, daemon)
+    with served(lab, lab.net, TARGETS[0], 8080) as far, served(lab, lab.router, "192.168.100.1", 22) as near:
+        backup = connected(lab, lab.lan, LAN[1], TARGETS[0], 8080)
+        backup_peer, _ = far.accept()
+        ssh = connected(lab, lab.lan, LAN[0], "192.168.100.1", 22)
+        ssh_peer, _ = near.accept()
+        with backup, backup_peer, ssh, ssh_peer:
+            for _ in range(2):
+                lab.silence(0)
+                eventually(lambda: pbrd.uplink("fiber")["state"] == "down")
+                assert talks(backup, backup_peer)
+                assert talks(ssh, ssh_peer)
+                lab.silence(0, False)
+                eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
+            assert talks(backup, backup_peer)
+            assert talks(ssh, ssh_peer)
+
+
+@pytest.mark.parametrize("uplink", [0, 1], ids=["fiber", "lte"])
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("rp_filter", [0, 1])
+def test_a_service_on_the_box_answers_by_the_uplink_of_the_request(
+    make_lab: MakeLab, daemon: StartDaemon, uplink: int, version: int, rp_filter: int
+) -> None:
+    lab = make_lab(rp_filter=rp_filter)
+    # a policy that would send every answer by fiber, were answers judged
+    everything = '[[policies]]\nname = "rest"\nmatch = { iif = "lo" }\nvia = ["fiber"]\n[default]'
+    start(lab, daemon, CONFIG.replace("[default]", everything))
+    side = lab.uplinks[uplink]
+    address = side.address if version == 4 else side.address6
+    other = lab.counter("tcp sport 8443")
+    route_to(lab, uplink, address)
+    with served(lab, lab.router, "::" if version == 6 else "0.0.0.0", 8443) as server:
+        client = connected(lab, lab.net, "", address, 8443)
+        peer, _ = server.accept()
+        with client, peer:
+            assert talks(client, peer)
+    counts = other.read()
+    assert counts[side.name] > 0
+    assert sum(counts.values()) == counts[side.name]
+
+
+def route_to(lab: Lab, uplink: int, address: str) -> None:
+    """Let the internet reach an address of the router through a provider."""
+    side = lab.uplinks[uplink]
+    via = side.wan6 if ":" in address else side.wan
+    lab.ip(lab.net, f"route replace {address} via {via} dev isp{uplink}")
+
+
+@pytest.mark.parametrize("uplink", [0, 1], ids=["fiber", "lte"])
+def test_a_port_forward_answers_by_the_uplink_of_the_request(
+    lab: Lab, daemon: StartDaemon, uplink: int
+) -> None:
+    start(lab, daemon)
+    lab.nft(
+        lab.router,
+        f"""table ip forward {{ chain pre {{ type nat hook prerouting priority dstnat;
+        tcp dport 8443 dnat to {LAN[0]}:443; udp dport 8443 dnat to {LAN[0]}:443; }}; }}""",
+    )
+    side = lab.uplinks[uplink]
+    route_to(lab, uplink, side.address)
+    with served(lab, lab.lan, LAN[0], 443) as server:
+        client = connected(lab, lab.net, "", side.address, 8443)
+        peer, _ = server.accept()
+        with client, peer:
+            assert talks(client, peer)
+
+
+@families
+def test_a_kill_switch_holds_for_live_connections(
+    lab: Lab, daemon: StartDaemon, source: str, target: str
+) -> None:
+    pbrd = start(lab, daemon)
+    secret = LAN6[2] if ":" in source else LAN[2]
+    leaks = lab.counter("udp sport 5555")
+    # After masquerading the source is the uplink's: the port tells the flow.
+    with closing(lab.flow(Packet(dst=target, src=secret, sport=5555))) as flow:
+        assert flow.exit() == "lte"
+        lab.carrier(1, False)
+        for _ in range(50):
+            flow.exit(0.01)
+        eventually(lambda: pbrd.uplink("lte")["state"] == "down")
+        assert flow.exit(0.1) is None
+        lab.carrier(1, True)
+        eventually(lambda: flow.exit(0.1) == "lte", within=10)
+        lab.nft(lab.router, "flush ruleset")
+        assert flow.exit(0.1) in ("lte", None)
+        pbrd.stop(SIGKILL)
+        assert flow.exit(0.2) in ("lte", None)
+    assert leaks.read()["fiber"] == 0
+
+
+def test_a_kill_switch_that_a_reload_brings_holds_for_live_connections(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = start(lab, daemon)
+    with closing(lab.flow(Packet(dst=TARGETS[0], src=LAN[0], sport=5555))) as flow:
+        assert flow.exit() == "fiber"
+        only_lte = f'[[policies]]\nname = "new"\nmatch = {{ from = "{LAN[0]}" }}\nvia = ["lte"]\n'
+        only_lte += 'fallback = "unreachable"\n'
+        lab.carrier(1, False)
+        assert pbrd.reload(CONFIG.replace("[[policies]]", only_lte + "[[policies]]", 1)).returncode == 0
+        leaks = lab.counter("udp sport 5555")
+        for _ in range(20):
+            assert flow.exit(0.02) is None
+        assert leaks.read()["fiber"] == 0
+
+
+def test_the_table_survives_a_flush_of_all_rules(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = start(lab, daemon)
+    lab.nft(lab.router, "table ip other { chain c { type filter hook input priority 0; }; }")
+    before = lab.nft(lab.router, "list table inet pbrd")
+    lab.nft(lab.router, "flush ruleset")
+    eventually(lambda: "inet pbrd" in lab.nft(lab.router, "list ruleset"))
+    assert lab.nft(lab.router, "list table inet pbrd") == before
+    assert lab.exit_of() == "fiber"
+    eventually(lambda: "drift repaired" in pbrd.log)
+
+
+def test_a_restart_writes_nothing_to_nftables(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = start(lab, daemon)
+    handles = lab.run(lab.router, "nft", "-a", "list", "table", "inet", "pbrd").stdout
+    pbrd.stop(SIGKILL)
+    pbrd.restart()
+    assert pbrd.command("plan").stdout == "nothing to change\n"
+    assert lab.run(lab.router, "nft", "-a", "list", "table", "inet", "pbrd").stdout == handles
+    assert pbrd.reload("# same\n" + CONFIG).stdout == "nothing changed\n"
+    assert lab.run(lab.router, "nft", "-a", "list", "table", "inet", "pbrd").stdout == handles
+
+
+def test_no_table_where_none_is_needed_and_flush_takes_it_away(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, HEAD + PROBE + UPLINKS + POLICIES)
+    assert "inet pbrd" not in lab.nft(lab.router, "list ruleset")
+    pbrd.reload(CONFIG)
+    assert "inet pbrd" in lab.nft(lab.router, "list ruleset")
+    assert lab.exit_of() == "fiber"
+    pbrd.command("flush")
+    assert "inet pbrd" not in lab.nft(lab.router, "list ruleset")
+    assert "112" not in lab.run(lab.router, "ip", "rule").stdout
+
+
+@families
+def test_foreign_mark_bits_survive(lab: Lab, daemon: StartDaemon, source: str, target: str) -> None:
+    start(lab, daemon)
+    lab.nft(
+        lab.router,
+        """table inet theirs {
+        chain pre { type filter hook prerouting priority -200; iifname "lan" meta mark set 0x42; };
+        chain post { type filter hook postrouting priority 300; meta mark & 0xffffff == 0x42 counter; }; }""",
+    )
+    with closing(lab.flow(Packet(dst=target, src=source, sport=5555))) as flow:
+        assert [flow.exit(), flow.exit()] == ["fiber", "fiber"]
+    assert "packets 2" in lab.nft(lab.router, "list table inet theirs")
+
+
+def test_connections_of_the_box_itself_are_pinned_too(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = start(lab, daemon)
+    lab.silence(0)
+    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    with served(lab, lab.net, TARGETS[0], 8080) as server:
+        client = connected(lab, lab.router, "", TARGETS[0], 8080)
+        peer, _ = server.accept()
+        with client, peer:
+            lab.silence(0, False)
+            eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
+            eventually(lambda: lab.exit_of(local=True) == "fiber", within=1)
+            assert talks(client, peer)
