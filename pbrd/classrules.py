@@ -24,6 +24,7 @@ from pbrd.rules import (
     bands,
     by_preference,
     has_family,
+    is_drained,
     stride_of,
     width_of,
 )
@@ -102,7 +103,7 @@ class _Writer:
         elif one.end is Fallback.BEST_EFFORT:
             for offset, name in enumerate(one.end_via):
                 uplink = self.uplink(name)
-                if uplink is not None:
+                if uplink is not None and not is_drained(name, self.family, self.standings):
                     table = uplink.path_table
                     yield Rule(self.family, priority + offset, table=table, fwmark=self.class_(place))
 

@@ -78,7 +78,18 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"pbrd {__version__}")
     _add_runtime_dir(top, _directory("RUNTIME_DIRECTORY", "/run/pbrd"))
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="name", required=True)
-    for add in (_add_run, _add_check, _add_plan, _add_status, _add_reload, _add_flush, _add_use, _add_demo):
+    for add in (
+        _add_run,
+        _add_check,
+        _add_plan,
+        _add_status,
+        _add_reload,
+        _add_flush,
+        _add_drain,
+        _add_undrain,
+        _add_use,
+        _add_demo,
+    ):
         add(commands)
     return top
 
@@ -165,6 +176,16 @@ def _add_flush(commands: Commands) -> None:
     about = "remove all that pbrd put into the kernel, and nothing else"
     added = _add(commands, "flush", flush, about, "sudo systemctl stop pbrd && sudo pbrd flush")
     _add_daemon_files(added)
+
+
+def _add_drain(commands: Commands) -> None:
+    about = "take an uplink out of service for new connections; live ones finish there"
+    _add(commands, "drain", drain, about, "sudo pbrd drain lte").add_argument("uplink", metavar="UPLINK")
+
+
+def _add_undrain(commands: Commands) -> None:
+    about = "take a drained uplink back into service"
+    _add(commands, "undrain", drain, about, "sudo pbrd undrain lte").add_argument("uplink", metavar="UPLINK")
 
 
 def _add_use(commands: Commands) -> None:
@@ -265,6 +286,12 @@ def flush(arguments: Arguments) -> int:
     else:
         print("the daemon is paused until `pbrd reload`", file=sys.stderr)
     _print_lines(removed, "nothing to remove")
+    return DONE
+
+
+def drain(arguments: Arguments) -> int:
+    """`pbrd drain` and `pbrd undrain`."""
+    call(arguments.runtime_dir, arguments.name.capitalize(), {"uplink": arguments.uplink}, timeout=LONG)
     return DONE
 
 

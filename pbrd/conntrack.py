@@ -11,10 +11,11 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from ipaddress import ip_address
 
 from pbrd.errors import KernelError
 from pbrd.netlink import ANSWER_TIMEOUT, HEADER, NETLINK_CAP_ACK, SOL_NETLINK, Requests
-from pbrd.settings import Address, Family
+from pbrd.settings import Address, Family, Network
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NETLINK_SOCK_DIAG, NETLINK_NETFILTER = 4, 12
@@ -30,6 +31,7 @@ ESTABLISHED, SYN_SENT = 1, 2  # net/tcp_states.h
 ABSENT = {errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT}
 # inet_diag_req_v2: family, protocol, extensions, states, socket (ports, addresses, interface, cookie)
 DIAG = struct.Struct("=BBBxI48s")
+DIAG_PEER = slice(40, 56)
 DIAG_ID = slice(20, 68)  # in an inet_diag_msg, behind the header and family, state, timer, retransmissions
 
 
@@ -76,8 +78,8 @@ class Conntrack:
             self.evict(family, value, mask)
 
 
-def destroy_sockets(addresses: Iterable[Address]) -> int:
-    """End this host's TCP connections from any of `addresses`; return how many.
+def destroy_sockets(addresses: Iterable[Address], neighbours: Iterable[Network] = ()) -> int:
+    """End this host's TCP connections from any of `addresses`, but not to `neighbours`; return how many.
 
     Their programs get ECONNABORTED at once, instead of waiting a quarter of an hour for a dead uplink.
     Connected sockets and those that are connecting, IPv4 ones of either socket family; never listening
@@ -90,7 +92,7 @@ def destroy_sockets(addresses: Iterable[Address]) -> int:
                 request
                 for address in addresses
                 if not address.is_link_local
-                for request in _destructions(requests, address)
+                for request in _destructions(requests, address, tuple(neighbours))
             ]
             refusals = requests.transact(found)
     except KernelError as error:
@@ -104,12 +106,17 @@ def destroy_sockets(addresses: Iterable[Address]) -> int:
     return refusals.count(None)  # the others have ended by themselves, or we may not
 
 
-def _destructions(requests: "_Requests", address: Address) -> Iterator[bytes]:
+def _destructions(
+    requests: "_Requests", address: Address, neighbours: tuple[Network, ...]
+) -> Iterator[bytes]:
     """Yield the requests that end what has `address`; dual-stack sockets are IPv6 with an IPv4 one."""
     families = (Family.IPV4, Family.IPV6) if address.version == 4 else (Family.IPV6,)
     for family in families:
         for message in requests.dump(_socket_dump(family, address)):
-            if message[17] in (ESTABLISHED, SYN_SENT):
+            peer = ip_address(message[DIAG_PEER][: 4 if family is Family.IPV4 else 16])
+            peer = getattr(peer, "ipv4_mapped", None) or peer
+            near = any(peer in network for network in neighbours if network.version == peer.version)
+            if message[17] in (ESTABLISHED, SYN_SENT) and not near:
                 yield _diag(SOCK_DESTROY, NLM_F_ACK, family, 0, message[DIAG_ID])
 
 

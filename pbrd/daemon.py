@@ -7,23 +7,34 @@ touched or marked until nothing is left to do. One task writes to the kernel: th
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pbrd import __version__, config, control, events, names, offline, snapshot, status, systemd, tables
+from pbrd import (
+    __version__,
+    config,
+    control,
+    drains,
+    events,
+    names,
+    offline,
+    snapshot,
+    status,
+    systemd,
+    tables,
+)
 from pbrd.drift import Drift
-from pbrd.errors import ConfigError, KernelError
-from pbrd.eviction import evictions
+from pbrd.errors import ConfigError, ControlError, KernelError
 from pbrd.judge import Judge
 from pbrd.kernel import Kernel
 from pbrd.log import open_log
 from pbrd.netfilter import Netfilter, table_steps
-from pbrd.objects import KernelState, Key, Standing
+from pbrd.objects import KernelState
 from pbrd.paths import Paths
 from pbrd.plan import diff
 from pbrd.probe import Path as ProbePath
@@ -49,10 +60,11 @@ class Daemon:
         self.path, self.runtime_dir, self.log = path, runtime_dir, log
         self.config = config.load(path)
         self.kernel = Kernel(self.config, Originals(state_dir / offline.SYSCTLS))
+        self.drains = state_dir / "drained.json"
         self.paths = Paths()
+        self.paths.drained = drains.load(self.drains)
         self.judge = Judge(self.wake, log.warning, asyncio.get_running_loop())
         self.netfilter = Netfilter(self.wake, log)
-        self.judged: dict[Key, Standing] = {}  # by what standings connections were last evicted
         self.prober = Prober(probe_mark(self.config).value, self.wake)
         self.awake = asyncio.Event()
         self.disturbed = asyncio.Event()
@@ -86,9 +98,9 @@ class Daemon:
                     self.reconcile(),
                     self.watch_links(),
                     self.resync(),
-                    self.tick(),
                     self.reload_by_signal(),
                     self.netfilter.keep(),
+                    self.netfilter.expel(),
                     self.prober.run(),
                     server.run(),
                 )
@@ -140,18 +152,11 @@ class Daemon:
             await asyncio.sleep(REST)
 
     async def resync(self) -> None:
-        """Look at everything now and then: what no event told must not stay for ever."""
+        """Look at everything at each full minute: at what no event told, and at policies with times."""
         while True:
-            await asyncio.sleep(RESYNC)
+            await asyncio.sleep(RESYNC - time.time() % RESYNC)
             self.kernel.changes.everything = True
             self.wake()
-
-    async def tick(self) -> None:
-        """Look at the clock every minute, if there are policies with times."""
-        while True:
-            await asyncio.sleep(60 - time.time() % 60)
-            if any(policy.match.time or policy.match.days for policy in self.config.policies):
-                self.wake()
 
     async def watch_links(self) -> None:
         """Ask for the links in the second after a link event, while the kernel holds the next one back."""
@@ -170,7 +175,7 @@ class Daemon:
         try:
             self.kernel.collect()
             self.netfilter.look()
-            self.judge.look(now_here())
+            self.judge.look()
             if self.kernel.take_disturbance():
                 self.disturbed.set()
             self.enforce()
@@ -179,7 +184,8 @@ class Daemon:
                     break
                 self.kernel.read()
                 self.enforce()
-            self.evict()
+            if not self.paused and self.netfilter.settled:
+                self.netfilter.follow_health(self.judge, self.paths.standings(), self.kernel.links)
         except KernelError as error:
             self.log.error("kernel refused to be read", reason=str(error))
             self.kernel.changes.everything = True
@@ -213,16 +219,6 @@ class Daemon:
         kernel, paths, judge = self.kernel, self.paths, self.judge
         standings = paths.standings()
         return desired(judge.current, kernel.families, kernel.links, paths.hops, standings, judge.block)
-
-    def evict(self) -> None:
-        """End the connections that can't stay where they are, now that others can take them."""
-        if self.paused or not self.netfilter.settled:
-            return
-        before, self.judged = self.judged, self.paths.standings()
-        stale, self.judge.stale = self.judge.stale, []
-        self.netfilter.evict(stale)
-        if self.judged != before:
-            self.netfilter.evict(evictions(self.judge.current, self.judge.block, before, self.judged))
 
     def follow_probes(self) -> None:
         """Probe over the interfaces that are there."""
@@ -277,11 +273,7 @@ class Daemon:
 
     def log_state(self) -> None:
         """Log the whole state (SIGUSR1)."""
-        now = self.snapshot()
-        for uplink in now.uplinks:
-            self.log.info("uplink", name=uplink.name, state=uplink.state, reason=uplink.reason)
-        for policy in now.policies:
-            self.log.info("policy", name=policy.name, active=policy.active, state=policy.state)
+        self.log.info("state", document=json.dumps(status.to_json(self.snapshot())))
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -290,6 +282,10 @@ class Daemon:
         return {
             "Status": control.Handler(lambda _: status.to_json(self.snapshot())),
             "Plan": control.Handler(self.answer_plan, root_parameters=frozenset({"config"})),
+            "Drain": control.Handler(lambda asked: self.drain(asked["uplink"], drained=True), changes=True),
+            "Undrain": control.Handler(
+                lambda asked: self.drain(asked["uplink"], drained=False), changes=True
+            ),
             "Reload": control.Handler(self.reload, changes=True),
             "Flush": control.Handler(self.pause, changes=True),
         }
@@ -344,7 +340,7 @@ class Daemon:
             raise
         before, table = self.kernel.state(), self.netfilter.applied
         names.move(self.config, fresh)
-        self.config = self.judge.follow(fresh, before, now_here())
+        self.config = self.judge.follow(fresh, before)
         self.paths.follow(
             fresh, self.kernel.families, adopted_standings(self.judge.current, before), time.monotonic()
         )
@@ -362,6 +358,18 @@ class Daemon:
         changed = diff(before, self.kernel.state()).lines()
         return [*changed, *table_steps(table, self.netfilter.text)]
 
+    def drain(self, name: str, drained: bool) -> dict[str, Any]:
+        """Take an uplink out of service for new connections, or back into it. Raises ControlError."""
+        if name not in {uplink.name for uplink in self.config.uplinks}:
+            raise ControlError(f"no uplink is called {name!r}")
+        now = self.paths.drained
+        self.paths.drained = now | {name} if drained else now - {name}
+        reason = drains.save(self.drains, self.paths.drained)
+        if reason:
+            self.log.warning("drained uplinks are not written down", reason=reason)
+        self.turn()
+        return {}
+
     async def pause(self, _: dict[str, Any]) -> dict[str, Any]:
         """Let go of the kernel until a reload."""
         self.paused = True
@@ -370,11 +378,6 @@ class Daemon:
         self.log.warning("paused: nothing of ours is in the kernel until a reload", removed=len(removed))
         self.publish()
         return {"removed": removed}
-
-
-def now_here() -> datetime:
-    """Return the local time."""
-    return datetime.now().astimezone()
 
 
 async def run(path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> None:

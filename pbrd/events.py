@@ -11,6 +11,7 @@ SENTENCES = {
     "uplink-down": "uplink is down",
     "uplink-degraded": "uplink is degraded",
     "uplink-recovering": "uplink is recovering",
+    "uplink-drained": "uplink is drained",
     "failover": "policy failed over",
     "failback": "policy went back",
     "gateway-changed": "gateway changed",
@@ -20,6 +21,7 @@ KINDS = {
     State.DOWN: "uplink-down",
     State.DEGRADED: "uplink-degraded",
     State.RECOVERING: "uplink-recovering",
+    State.DRAINED: "uplink-drained",
 }
 
 

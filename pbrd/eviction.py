@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pbrd.classes import Class, classify, uses_nft
 from pbrd.marks import marks_of, pin_of
 from pbrd.objects import Key, Standing
-from pbrd.rules import by_preference, has_family
+from pbrd.rules import by_preference, has_family, is_drained
 from pbrd.settings import MAIN, Config, Failback, Fallback, Family
 
 
@@ -38,6 +38,13 @@ def evictions(
                 pin = pin_of(marks, config.uplink(name))
                 found.append(Eviction(family, marks.class_(block + place) | pin, marks.mask))
     return tuple(found)
+
+
+def stranded(before: Mapping[Key, Standing], after: Mapping[Key, Standing]) -> list[Key]:
+    """Return what has gone down while another uplink of the family could take the connections."""
+    takers = {key[1] for key, standing in after.items() if standing.usable and not standing.drained}
+    was = {key for key, standing in before.items() if standing.usable}
+    return [key for key, standing in after.items() if key in was and not standing.usable and key[1] in takers]
 
 
 def pins_of(config: Config, names: Iterable[str]) -> tuple[Eviction, ...]:
@@ -76,7 +83,7 @@ def _leaving(
     """Yield the uplinks of a class whose connections must leave."""
     names = [n for n in dict.fromkeys(one.uplinks) if n != MAIN and has_family(config.uplink(n), family)]
     usable = [name for name in names if _usable(after, name, family)]
-    takers = bool(usable) or MAIN in one.uplinks
+    takers = any(not is_drained(name, family, after) for name in usable) or MAIN in one.uplinks
     for name in names:
         if _usable(before, name, family) and name not in usable and takers:
             yield name

@@ -41,22 +41,23 @@ class Judge:
         self._written: tuple[Config, int, object, object] | None = None
         self._text = ""
 
-    def follow(self, config: Config, state: KernelState, now: datetime) -> Config:
+    def follow(self, config: Config, state: KernelState) -> Config:
         """Turn to `config`; return it with its uplinks numbered as in `state`, as far as they are there."""
         before = self.config
         self.config = renumbered(config, adopted_numbers(config, state))
         self._watch_units()
         self._minute = None
         if before == Config():  # a start: go on with the block that the rules in the kernel speak of
-            self.current = effective(self.config, now, self._slices())
+            self.current = effective(self.config, _here(), self._slices())
             self.block = adopted_block(self.current, state)
         else:
             self.stale += _outlived(before, self.config)
-        self.look(now)
+        self.look()
         return self.config
 
-    def look(self, now: datetime) -> None:
+    def look(self) -> None:
         """Bring `current` up to date."""
+        now = _here()
         minute = (now.hour * 60 + now.minute, self._slices())
         if minute == self._minute:
             return
@@ -123,6 +124,11 @@ class Judge:
         if self.watch is not None and self.watch.changed():
             self._minute = None
             self.wake()
+
+
+def _here() -> datetime:
+    """Return the local time: policies go by the clock on the wall."""
+    return datetime.now().astimezone()
 
 
 def _neutral(config: Config) -> str:

@@ -6,13 +6,16 @@ table speaks of the new classes, packets bear the old ones.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from pbrd.conntrack import Conntrack
+from pbrd.conntrack import Conntrack, destroy_sockets
 from pbrd.errors import KernelError
-from pbrd.eviction import Eviction
+from pbrd.eviction import Eviction, evictions, stranded
+from pbrd.judge import Judge
 from pbrd.nftables import Table, digest
+from pbrd.objects import Key, Link, Standing
+from pbrd.settings import Address, Family, Network
 
 RETRY = 2.0  # seconds until a refused table is tried again
 REST = 0.05  # seconds between two replacements: whoever can start units must not keep us busy
@@ -29,6 +32,10 @@ class Netfilter:
         self.applied: str | None = None  # digest of what the kernel holds
         self.repairs = 0
         self.work = asyncio.Event()
+        self.judged: dict[Key, Standing] = {}  # the standings by which connections were last ended
+        self.queue: list[tuple[Family, int, int]] = []  # evictions
+        self.dead: list[tuple[tuple[Address, ...], tuple[Network, ...]]] = []
+        self.leaving = asyncio.Event()
 
     def adopt(self) -> None:
         """Look what the kernel holds."""
@@ -79,11 +86,43 @@ class Netfilter:
             self.applied = digest(text)
         self.wake()
 
-    def evict(self, evictions: Iterable[Eviction]) -> None:
-        """Forget connections: their next packet begins a new one."""
-        for one in evictions:
+    def follow_health(
+        self, judge: Judge, standings: Mapping[Key, Standing], links: Mapping[str, Link]
+    ) -> None:
+        """End the connections that can't stay where they are, now that others can take them."""
+        before, self.judged = self.judged, dict(standings)
+        stale, judge.stale = judge.stale, []
+        self.evict(stale)
+        if before == self.judged:
+            return
+        self.evict(evictions(judge.current, judge.block, before, standings))
+        for name, family in stranded(before, standings):
+            link = links.get(judge.config.uplink(name).interface)
+            mine = [a for a in link.addresses if a.local.version == family.version] if link else []
+            self.abandon([a.local for a in mine], [a.prefix for a in mine])
+
+    def evict(self, connections: Iterable[Eviction]) -> None:
+        """Forget connections, soon: their next packet begins a new one."""
+        self.queue += [(one.family, one.value, one.mask) for one in connections]
+        if self.queue:
+            self.leaving.set()
+
+    def abandon(self, addresses: Iterable[Address], neighbours: Iterable[Network]) -> None:
+        """End this host's own connections from `addresses`, soon, but not those to `neighbours`."""
+        self.dead.append((tuple(addresses), tuple(neighbours)))
+        self.leaving.set()
+
+    async def expel(self) -> None:
+        """Evict and abandon what is asked for, in a thread: the kernel goes through all connections."""
+        while True:
+            await self.leaving.wait()
+            self.leaving.clear()
+            queue, self.queue = self.queue, []
+            dead, self.dead = self.dead, []
             try:
-                self.conntrack.evict(one.family, one.value, one.mask)
+                await self.conntrack.evict_beside(queue)
+                for addresses, neighbours in dead:
+                    await asyncio.to_thread(destroy_sockets, addresses, neighbours)
             except KernelError as error:
                 self.log.warning("connections are not evicted", reason=str(error))
 

@@ -131,6 +131,7 @@ class Standing:
 
     usable: bool  # the default route belongs into its table
     preferred: bool  # its rules stand in the order of the config; else behind the others
+    drained: bool = False  # no new connections
 
 
 @dataclass(frozen=True, slots=True)

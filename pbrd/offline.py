@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 
 from pbrd import config, names
@@ -38,7 +37,7 @@ def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]
             hops[name, family] = next_hop(uplink, family, links.get(uplink.interface), defaults)
             standings.setdefault((name, family), Standing(usable=True, preferred=True))
         judge = Judge(lambda: None, lambda *_, **__: None)
-        judge.follow(fresh, current, datetime.now().astimezone())
+        judge.follow(fresh, current)
         target = desired(judge.current, kernel.families, links, hops, standings, judge.block)
         steps = diff(current, target).lines()
         return [*steps, *table_steps(Table().holds(), judge.text(standings))]

@@ -23,6 +23,7 @@ class Paths:
         self.healths: dict[Key, Health] = {}
         self.hops: dict[Key, NextHop | None] = {}
         self.seen: set[Key] = set()
+        self.drained: frozenset[str] = frozenset()  # names of uplinks
         self._gone: dict[Key, float] = {}  # since when a usable uplink's gateway is missing
 
     def follow(
@@ -71,7 +72,10 @@ class Paths:
 
     def standings(self) -> dict[Key, Standing]:
         """Return what health says of every uplink and family."""
-        return {key: Standing(health.usable, health.preferred) for key, health in self.healths.items()}
+        return {
+            key: Standing(health.usable, health.preferred, key[0] in self.drained)
+            for key, health in self.healths.items()
+        }
 
 
 def _state(standing: Standing | None) -> State:

@@ -73,13 +73,20 @@ def by_preference(
     """Return `names` in the order in which new connections try them: who is not preferred stands behind.
 
     A dead one keeps its place: nothing leaves there anyway, and its failover must not wait for rules.
+    One that is drained is left out.
     """
 
     def behind(name: str) -> bool:
         standing = standings.get((name, family))
         return standing is not None and standing.usable and not standing.preferred
 
-    return tuple(sorted(names, key=behind))
+    return tuple(sorted((n for n in names if not is_drained(n, family, standings)), key=behind))
+
+
+def is_drained(name: str, family: Family, standings: Mapping[Key, Standing]) -> bool:
+    """Say whether no new connections may leave by an uplink."""
+    standing = standings.get((name, family))
+    return standing is not None and standing.drained
 
 
 def selectors(match: Match, family: Family, interfaces: Iterable[str]) -> tuple[dict[str, object], ...]:
@@ -156,7 +163,7 @@ class _Compiler:
         elif policy.fallback is Fallback.BEST_EFFORT:
             for offset, name in enumerate(policy.via):
                 uplink = None if name == MAIN else self.uplink(name)
-                if uplink is not None:
+                if uplink is not None and not is_drained(name, self.family, self.standings):
                     yield from self.rows(matches, behind + offset, Action.LOOKUP, uplink.path_table)
 
     def rows(
@@ -233,9 +240,9 @@ def policy_rules(
 ) -> frozenset[Rule]:
     """Return the rules of all policies of one family, for the order that `standings` ask for."""
     order = tuple(
-        (key, Standing(usable=True, preferred=False))
+        (key, Standing(usable=True, preferred=s.preferred, drained=s.drained))
         for key, s in sorted(standings.items())
-        if key[1] is family and s.usable and not s.preferred
+        if key[1] is family and (s.drained or (s.usable and not s.preferred))
     )
     patterns = any(pattern.endswith("*") for p in config.policies for pattern in p.match.iif)
     return _policy_rules(config, family, order, tuple(sorted(links)) if patterns else ())

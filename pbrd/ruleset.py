@@ -288,7 +288,7 @@ def concerns(match: Match, local: bool) -> bool:
 
 def balanced(standings: Mapping[Key, Standing]) -> frozenset[str]:
     """Return the uplinks that take part in balancing: those that are up, in a family at least."""
-    return frozenset(name for (name, _), s in standings.items() if s.usable and s.preferred)
+    return frozenset(name for (name, _), s in standings.items() if s.usable and s.preferred and not s.drained)
 
 
 def shares(balance: Sequence[tuple[str, int]], usable: frozenset[str]) -> tuple[tuple[str, Range], ...]:

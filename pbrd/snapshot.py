@@ -71,6 +71,8 @@ def _uplink(view: View, uplink: Uplink, now: float) -> UplinkStatus:
     else:
         healths = [view.paths.healths[key] for key in present]
         state, reason = _together(healths)
+        if uplink.name in view.paths.drained and state is not State.DOWN:
+            state, reason = State.DRAINED, Reason.DRAINED
         since = max(health.since for health in healths)
         transitions = sum(health.transitions for health in healths)
     return UplinkStatus(

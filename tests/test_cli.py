@@ -59,9 +59,11 @@ class Daemon:
             "Plan": {"steps": []},
             "Reload": {"changed": [], "generation": 2},
             "Flush": {"removed": []},
+            "Drain": {},
+            "Undrain": {},
         }
         self.asked: list[tuple[str, dict[str, Any]]] = []
-        changing = ("Reload", "Flush")
+        changing = ("Reload", "Flush", "Drain", "Undrain")
         handlers = {name: Handler(self.answering(name), changes=name in changing) for name in self.answers}
         self.server = Server(runtime / "pbrd.sock", handlers)
         self.server.open()

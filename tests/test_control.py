@@ -62,6 +62,7 @@ async def main():
     handlers = {
         "Status": Handler(status), "Plan": Handler(plan, root_parameters=frozenset({"config"})),
         "Reload": Handler(reload, changes=True), "Flush": Handler(lambda _: {"removed": []}, changes=True),
+        "Drain": Handler(lambda _: {}, changes=True), "Undrain": Handler(lambda _: {}, changes=True),
     }
     server = Server(Path(sys.argv[1]) / "pbrd.sock", handlers, lambda m, e: failures.append(f"{m}: {e}"))
     server.open()
@@ -71,6 +72,8 @@ async def main():
 
 asyncio.run(main())
 '''
+
+METHODS = ("Status", "Plan", "Drain", "Undrain", "Reload", "Flush")
 
 
 @pytest.fixture
@@ -255,7 +258,7 @@ def test_introspection_is_true(daemon: Path) -> None:
         parameters = {"interface": interface}
         text = client.call(daemon, "org.varlink.service.GetInterfaceDescription", parameters)["description"]
         assert f"\ninterface {interface}\n" in f"\n{text}"
-    assert set(varlink.methods(text)) == {"Status", "Plan", "Reload", "Flush"}
+    assert set(varlink.methods(text)) == set(METHODS)
 
 
 def test_a_server_must_have_a_handler_for_each_declared_method(tmp_path: Path) -> None:
@@ -314,7 +317,7 @@ def test_without_a_group_the_socket_is_for_root_alone(daemon: Path) -> None:
 def test_a_second_daemon_is_refused_and_told_the_first_ones_pid(runtime: Path) -> None:
     first = start(runtime)
     try:
-        handlers = {name: Handler(lambda _: {}) for name in ("Status", "Plan", "Reload", "Flush")}
+        handlers = {name: Handler(lambda _: {}) for name in METHODS}
         server = Server(runtime / "pbrd.sock", handlers)
         with pytest.raises(ControlError, match=rf"another pbrd already runs .*\(pid {first.pid}\)"):
             server.open()
@@ -339,7 +342,7 @@ def test_the_socket_of_a_killed_daemon_is_replaced(runtime: Path) -> None:
 
 
 def test_the_socket_goes_when_the_server_ends(runtime: Path) -> None:
-    handlers = {name: Handler(lambda _: {}) for name in ("Status", "Plan", "Reload", "Flush")}
+    handlers = {name: Handler(lambda _: {}) for name in METHODS}
     server = Server(runtime / "pbrd.sock", handlers)
     for _ in range(2):
         server.open()

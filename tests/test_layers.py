@@ -28,10 +28,11 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
-        "hooks", "log", "cgroups", "zone", "drift",
+        "hooks", "log", "drains", "cgroups", "zone", "drift",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
-    ("netfilter", frozenset({"judge", "netfilter", "refusals"})),  # the daemon's helpmates, over time
+    ("netfilter", frozenset({"judge"})),  # the policies in force, over time
+    ("netfilter", frozenset({"netfilter", "refusals"})),  # the daemon's helpmates, over time
     ("offline", frozenset({"offline"})),  # what the daemon does at its start and end, and the CLI without one
     ("daemon", frozenset({"daemon"})),
     ("demo", frozenset({"demo", "watch", "use"})),  # commands that live on for a while

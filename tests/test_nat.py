@@ -264,7 +264,7 @@ def test_the_table_survives_a_flush_of_all_rules(lab: Lab, daemon: StartDaemon) 
     before = lab.nft(lab.router, "list table inet pbrd")
     lab.nft(lab.router, "flush ruleset")
     eventually(lambda: "inet pbrd" in lab.nft(lab.router, "list ruleset"))
-    assert lab.nft(lab.router, "list table inet pbrd") == before
+    eventually(lambda: lab.nft(lab.router, "list table inet pbrd") == before, within=1)
     assert lab.exit_of() == "fiber"
     eventually(lambda: "drift repaired" in pbrd.log)
 
@@ -317,3 +317,39 @@ def test_connections_of_the_box_itself_are_pinned_too(lab: Lab, daemon: StartDae
             eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
             eventually(lambda: lab.exit_of(local=True) == "fiber", within=1)
             assert talks(client, peer)
+
+
+def test_drain_takes_no_new_connections_and_lets_live_ones_finish(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = start(lab, daemon)
+    with served(lab, lab.net, TARGETS[0], 8080) as server:
+        client = connected(lab, lab.lan, LAN[0], TARGETS[0], 8080)
+        peer, address = server.accept()
+        with client, peer:
+            assert address[0] == lab.uplinks[0].wan
+            assert pbrd.command("drain", "fiber").returncode == 0
+            assert lab.exit_of() == "lte"
+            counter = lab.counter("tcp dport 8080")
+            assert talks(client, peer)
+            assert counter.read()["fiber"] > 0
+            assert pbrd.uplink("fiber")["state"] == "drained"
+            assert pbrd.command("status").returncode == 0
+            pbrd.stop()
+            pbrd.restart()
+            assert pbrd.command("plan").stdout == "nothing to change\n"
+            assert lab.exit_of() == "lte"
+            assert pbrd.command("undrain", "fiber").returncode == 0
+            assert lab.exit_of() == "fiber"
+    assert "no uplink is called 'fibre'" in pbrd.command("drain", "fibre").stderr
+
+
+def test_a_program_on_the_box_learns_at_once_that_its_uplink_is_dead(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = start(lab, daemon)
+    with served(lab, lab.net, TARGETS[0], 8080) as server:
+        client = connected(lab, lab.router, "", TARGETS[0], 8080)
+        peer, _ = server.accept()
+        client.settimeout(5)
+        with client, peer:
+            lab.silence(0)
+            eventually(lambda: pbrd.uplink("fiber")["state"] == "down")
+            with pytest.raises(OSError, match=r"abort|reset"):
+                client.recv(1)

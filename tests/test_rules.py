@@ -228,7 +228,7 @@ def test_more_ways_than_the_mask_has_room_for_are_refused() -> None:
         ConfigError, match=r"policies make 31 different ways, and fwmark_mask has room for 29"
     ):
         config(more + policies)
-    assert config("daemon.fwmark_mask = 0xffff0000\n" + more + policies)
+    assert config(more + policies + "[daemon]\nfwmark_mask = 0xffff0000\n")
 
 
 def test_keys_leave_out_what_can_never_leave_there() -> None:
