@@ -24,9 +24,11 @@ SUDO := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo)
 AS_ROOT := $(if $(SUDO),$(SUDO) env PYTHONDONTWRITEBYTECODE=1,)
 PYTEST := $(BIN)/python -m pytest $(if $(SUDO),-p no:cacheprovider)
 
-# The modules without I/O; tests/test_layers.py holds them to it. Their tests need no root and no namespaces.
-PURE := errors settings values document uplinks policies caveats config health measures objects rules routing \
-    ruleset plan paths explain status snapshot events tables topology varlink layers docs
+# The modules without I/O; tests/test_layers.py holds them to it. Their tests need no root and no namespaces, but for
+# those of policies and units, which send packets.
+PURE := errors settings values document uplinks caveats config marks classes classrules eviction schedule prefixes \
+    effective health measures objects rules routing ruleset plan paths explain status snapshot events tables topology \
+    varlink layers docs
 PURE_TESTS = $(wildcard $(foreach module,$(PURE),tests/test_$(module).py tests/test_$(module)_*.py))
 
 PREFIX ?= /usr/local
