@@ -70,6 +70,7 @@ class Daemon:
         self.disturbed = asyncio.Event()
         self.stopping = asyncio.Event()
         self.hangup = asyncio.Event()
+        self.one_reload = asyncio.Lock()
         self.drift = Drift(self.wake, log)
         self.wanted = KernelState()  # what the last plan was made for
         self.refusals = Refusals(log)
@@ -253,7 +254,7 @@ class Daemon:
             paths,
             paths.standings(),
             state,
-            frozenset((*self.judge.current.policies, *filter(None, [self.config.default]))),
+            self.judge.names,
             snapshot.open_tables(self.config, state),
             self.judge.slices() if self.netfilter.settled and not self.paused else {},
             time.time() - now,
@@ -308,8 +309,8 @@ class Daemon:
         """Take the config anew. Raises ConfigError, and then nothing has changed."""
         systemd.reloading()
         try:
-            fresh = config.load(self.path)
-            changed = await self.take_over(fresh)
+            async with self.one_reload:  # thousands of policies take a while to read
+                changed = await self.take_over(await asyncio.to_thread(config.load, self.path))
         except (ConfigError, KernelError) as error:
             self.last_reload = status.ReloadStatus(snapshot.iso(time.time()), ok=False, error=str(error))
             self.log.error("reload refused", event_kind="reload-refused", reason=str(error))

@@ -8,6 +8,7 @@ the classes move to another block of numbers, so that live connections are judge
 import asyncio
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import lru_cache
 
 from pbrd import ruleset
 from pbrd.cgroups import Watch
@@ -34,6 +35,7 @@ class Judge:
         """Without a loop it takes one look at the units and watches nothing."""
         self.wake, self.warn, self.loop = wake, warn, loop
         self.config = self.current = Config()
+        self.names: frozenset[str] = frozenset()  # of the policies in force
         self.block = FIRST
         self.watch: Watch | None = None
         self.stale: list[Eviction] = []  # connections that must go once the new rules are live
@@ -67,6 +69,7 @@ class Judge:
             if uses_nft(fresh) and _neutral(fresh) != _neutral(self.current):
                 self._next_block(fresh)
             self.current = fresh
+        self.names = frozenset(policy.name for policy in fresh.all_policies)
 
     def text(self, standings: Mapping[Key, Standing]) -> str:
         """Return the nftables table that should be in force."""
@@ -131,6 +134,7 @@ def _here() -> datetime:
     return datetime.now().astimezone()
 
 
+@lru_cache(maxsize=2)
 def _neutral(config: Config) -> str:
     """Return the table of `config` apart from what may change without judging anew."""
     return ruleset.text(config, FIRST, {}, frozenset(uplink.name for uplink in config.uplinks))

@@ -4,7 +4,7 @@ Pure: monotonic times become wall clock ones by an offset that the caller gives.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from pbrd.health import Health, Reason, State
@@ -37,7 +37,7 @@ class View:
     paths: Paths
     standings: Mapping[Key, Standing]
     state: KernelState
-    in_force: frozenset[Policy]  # the others wait for their time
+    in_force: frozenset[str]  # names of policies; the others wait for their time
     open: frozenset[Key]  # tables with a default route: who looks there goes there
     slices: Mapping[str, tuple[int, ...]]  # cgroups of uplink-NAME.slice that nftables knows, by uplink
     clock: float  # wall clock minus monotonic, seconds
@@ -166,23 +166,31 @@ def _reachable(view: View, name: str, family: Family) -> bool:
 
 
 def policies(view: View, before: Mapping[str, PolicyStatus], now: float) -> tuple[PolicyStatus, ...]:
-    """Return the status of every policy. `before` keeps `since` of those that did not change."""
+    """Return the status of every policy. `before` keeps `since` of those that did not change.
+
+    Policies that say the same go the same way: of thousands few must be worked out.
+    """
+    moment = iso(view.clock + now)
+    worked_out: dict[object, PolicyStatus] = {}
     found = []
     for policy in view.config.all_policies:
-        status = _policy(view, policy, iso(view.clock + now))
+        is_on = policy.name in view.in_force
+        kind = (policy.via, policy.balance, policy.fallback, policy_families(policy.match), is_on)
+        if kind not in worked_out:
+            worked_out[kind] = _policy(view, policy, is_on, moment)
+        status = worked_out[kind]
         known = before.get(policy.name)
-        if known is not None and (known.active, known.state) == (status.active, status.state):
-            status = _policy(view, policy, known.since)
-        found.append(status)
+        same = known is not None and (known.active, known.state) == (status.active, status.state)
+        since = known.since if known is not None and same else moment
+        found.append(replace(status, name=policy.name, since=since))
     return tuple(found)
 
 
-def _policy(view: View, policy: Policy, since: str) -> PolicyStatus:
-    is_on = policy in view.in_force
+def _policy(view: View, policy: Policy, is_on: bool, since: str) -> PolicyStatus:
     choices = {family: chosen(view, policy, family) if is_on else None for family in view.families}
     family = _counting(view, policy)
     active = choices[family]
-    state, reason = _judged(view, policy, family, active)
+    state, reason = _judged(view, policy, family, active) if is_on else ("inactive", "not at this time")
     return PolicyStatus(
         policy.name,
         names_of(policy),
@@ -208,8 +216,6 @@ def _counting(view: View, policy: Policy) -> Family:
 
 def _judged(view: View, policy: Policy, family: Family, active: str | None) -> tuple[str, str]:
     """Return (state, reason): the reason is why the first choice is not taken."""
-    if policy not in view.in_force:
-        return "inactive", "not at this time"
     if active is None or (active != MAIN and (active, family) not in view.open):
         return "fallback", f"no uplink is usable: {policy.fallback.value}"
     names = names_of(policy)
