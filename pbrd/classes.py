@@ -9,7 +9,6 @@ share a class, and however many there are, classes are few.
     classes         lte · lte, then fiber, wg, then nothing · fiber, wg, then nothing
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -118,11 +117,6 @@ def classify(config: Config) -> Classification:
         tuple(outcomes),
         tuple(tuple(sorted(steps.items())) for steps in outcomes.values()),
     )
-
-
-def uplinks_in(classes: Iterable[Class]) -> frozenset[str]:
-    """Return the names of all uplinks on the ways of `classes`."""
-    return frozenset(name for one in classes for name in (*one.uplinks, *one.end_via))
 
 
 # --- whether there is a need ------------------------------------------------------------------

@@ -134,7 +134,7 @@ def _text(file: Path, report: Report) -> str:
     try:
         return _read_utf8(str(file))
     except FileNotFoundError:
-        report.add(str(file), "", "there is no such file; write a first one by `pbrd init`")
+        report.add(str(file), "", "there is no such file; write one, as in the example pbrd.toml.example")
     except OSError as error:
         report.add(str(file), "", f"cannot read it: {error.strerror}; it must be a readable file")
     except UnicodeDecodeError as error:

@@ -310,7 +310,13 @@ class Daemon:
         systemd.reloading()
         try:
             async with self.one_reload:  # thousands of policies take a while to read
-                changed = await self.take_over(await asyncio.to_thread(config.load, self.path))
+                fresh, old = await asyncio.to_thread(config.load, self.path), self.config
+                try:
+                    changed = await self.take_over(fresh)
+                except KernelError:  # such as nft that is not there: nothing may be half applied
+                    with contextlib.suppress(KernelError):
+                        await self.take_over(old)
+                    raise
         except (ConfigError, KernelError) as error:
             self.last_reload = status.ReloadStatus(snapshot.iso(time.time()), ok=False, error=str(error))
             self.log.error("reload refused", event_kind="reload-refused", reason=str(error))
@@ -333,12 +339,8 @@ class Daemon:
     async def take_over(self, fresh: Config) -> list[str]:
         """Put a config into force, adopting what the kernel holds; return the lines of what changed there."""
         self.kernel.follow(fresh)
-        try:
-            self.kernel.read()
-            self.netfilter.adopt()
-        except KernelError:
-            self.kernel.follow(self.config)
-            raise
+        self.kernel.read()
+        self.netfilter.adopt()
         before, table = self.kernel.state(), self.netfilter.applied
         names.move(self.config, fresh)
         self.config = self.judge.follow(fresh, before)

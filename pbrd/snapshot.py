@@ -225,9 +225,16 @@ def _judged(view: View, policy: Policy, family: Family, active: str | None) -> t
     if active == names[0] and not (policy.balance and missed):
         return "preferred", "ok"
     missed = missed or names[0]
-    health = view.paths.healths.get((missed, family))
-    why = f"{health.state.value} ({health.reason.value})" if health else "not there"
-    return "failed-over", f"{missed} is {why}"
+    return "failed-over", f"{missed} is {_condition(view, missed, family)}"
+
+
+def _condition(view: View, name: str, family: Family) -> str:
+    health = view.paths.healths.get((name, family))
+    if health is None:
+        return "not there"
+    if health.usable and name in view.paths.drained:
+        return State.DRAINED.value
+    return f"{health.state.value} ({health.reason.value})"
 
 
 def _is_missed(view: View, policy: Policy, name: str, family: Family) -> bool:

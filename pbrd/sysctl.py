@@ -5,7 +5,6 @@ so that `pbrd flush` restores it even after a crash of the daemon.
 """
 
 import json
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -72,11 +71,6 @@ class Originals:
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
         return changed
-
-    def forget(self, interfaces: Iterable[str]) -> None:
-        """Forget interfaces that are new (they came back with the kernel's defaults)."""
-        gone = {name for name in self.values if Path(name).parts[-2] in set(interfaces)}
-        self.values = {name: value for name, value in self.values.items() if name not in gone}
 
     def _kept(self) -> dict[str, int]:
         """Return what an earlier daemon kept in this boot; a broken file is set aside."""

@@ -690,7 +690,7 @@ class TestFiles:
         with pytest.raises(ConfigError) as caught:
             load(tmp_path / "pbrd.toml")
         assert str(caught.value) == (
-            f"{tmp_path}/pbrd.toml: there is no such file; write a first one by `pbrd init`"
+            f"{tmp_path}/pbrd.toml: there is no such file; write one, as in the example pbrd.toml.example"
         )
 
     def test_an_unreadable_fragment_hides_no_other_problem(self, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 # that layer is in PEERS, and never in a circle. Modules that aren't written yet may be absent.
 PURE = frozenset({
     "errors", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
-    "marks", "classes", "classrules", "eviction", "schedule", "prefixes",
+    "marks", "classes", "classrules", "eviction", "schedule",
     "effective", "units",
     "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths",
     "explain", "status", "snapshot", "events", "tables", "topology",
@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
-        "hooks", "log", "drains", "cgroups", "zone", "drift",
+        "hooks", "log", "drains", "cgroups", "drift",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
     ("netfilter", frozenset({"judge"})),  # the policies in force, over time

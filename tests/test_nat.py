@@ -1,7 +1,9 @@
 """Live connections through NAT: pins, replies, failover, graceful failback; both families, real packets."""
 
+import shutil
 import socket
 from contextlib import closing
+from pathlib import Path
 from signal import SIGKILL
 
 import pytest
@@ -353,3 +355,20 @@ def test_a_program_on_the_box_learns_at_once_that_its_uplink_is_dead(lab: Lab, d
             eventually(lambda: pbrd.uplink("fiber")["state"] == "down")
             with pytest.raises(OSError, match=r"abort|reset"):
                 client.recv(1)
+
+
+def test_a_reload_that_needs_nft_where_there_is_none_changes_nothing(
+    lab: Lab, daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for tool in ("ip", "mount", "sh"):  # all that starting the daemon in the lab takes; nft is not among it
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    pbrd = daemon(lab, HEAD + PROBE + UPLINKS + POLICIES)
+    monkeypatch.undo()
+    rules = lab.run(lab.router, "ip", "rule").stdout
+    refused = pbrd.reload(CONFIG)
+    assert refused.returncode == 1
+    assert "nft is not installed" in refused.stderr
+    assert lab.run(lab.router, "ip", "rule").stdout == rules
+    assert pbrd.status()["last_reload"]["ok"] is False
+    assert lab.exit_of() == "fiber"
