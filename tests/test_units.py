@@ -65,10 +65,11 @@ def test_a_slice_covers_all_that_runs_in_it(lab: Lab, daemon: StartDaemon, unit:
 
 
 def test_use_runs_a_command_on_an_uplink(lab: Lab, daemon: StartDaemon, unit: Path) -> None:
-    pbrd = daemon(lab, BASE + DEFAULT)
+    name = f"lte{os.getpid()}"  # cgroups are the machine's: daemons in other labs would see uplink-lte.slice
+    pbrd = daemon(lab, (BASE + DEFAULT).replace("uplinks.lte", f"uplinks.{name}").replace(', "lte"', ""))
     assert "inet pbrd" not in lab.nft(lab.router, "list ruleset")
     seen = lab.counter("udp dport 7001")
-    command = [sys.executable, "-m", "pbrd", "--runtime-dir", str(pbrd.runtime), "use", "lte", "--"]
+    command = [sys.executable, "-m", "pbrd", "--runtime-dir", str(pbrd.runtime), "use", name, "--"]
     command += [sys.executable, "-c", SEND.format(target=TARGETS[0]) + "; raise SystemExit(7)"]
     with lab.inside(lab.router):
         done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=20)
