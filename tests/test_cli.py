@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import let_others_in
+from conftest import as_nobody, let_others_in
 
 from pbrd import cli, tables
 from pbrd.control import Handler, Server
@@ -391,7 +391,7 @@ def test_check_names_every_problem_and_is_78(tmp_path: Path, capsys: pytest.Capt
     ],
 )
 def test_who_is_not_root_is_told_so(command: str, told: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert as_nobody([command, "--runtime-dir", "/nowhere"]) == 1
+    assert told_nobody([command, "--runtime-dir", "/nowhere"]) == 1
     assert capfd.readouterr().err == told
 
 
@@ -400,28 +400,16 @@ def test_a_reader_may_not_reload(fake: Daemon, capfd: pytest.CaptureFixture[str]
     let_others_in(fake.runtime)
     os.chown(fake.runtime / "pbrd.sock", -1, 65534)  # as if nobody were in group pbrd
     (fake.runtime / "pbrd.sock").chmod(0o660)
-    assert as_nobody(["status", "--runtime-dir", str(fake.runtime)]) == 0
-    assert as_nobody(["reload", "--runtime-dir", str(fake.runtime)]) == 1
+    assert told_nobody(["status", "--runtime-dir", str(fake.runtime)]) == 0
+    assert told_nobody(["reload", "--runtime-dir", str(fake.runtime)]) == 1
     assert capfd.readouterr().err == "pbrd: cannot reload: only root may (try: sudo pbrd reload)\n"
 
 
-def as_nobody(arguments: list[str]) -> int:
-    """Return the exit code of a child. All is imported before: nobody may be unable to read our Python."""
+def told_nobody(arguments: list[str]) -> int:
+    """Run a command as nobody."""
     assert tables
     cli.parser().format_help()
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-            sys.stderr = os.fdopen(2, "w", closefd=False)
-            code = cli.main(arguments)
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return as_nobody(lambda: cli.main(arguments))
 
 
 def test_ctrl_c_is_quiet_and_130(tmp_path: Path) -> None:

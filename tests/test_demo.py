@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 
-from conftest import ROOT, MakeLab
+import pytest
+from conftest import ROOT, MakeLab, as_nobody
 
-from pbrd import netns
+from pbrd import demo, netns
 
 DEMO = [sys.executable, "-m", "pbrd", "demo"]
 
@@ -44,13 +45,6 @@ def test_a_demo_that_is_stopped_removes_everything(make_lab: MakeLab) -> None:
         assert left_by(running.pid) == []
 
 
-def test_without_root_the_demo_says_what_to_do(make_lab: MakeLab) -> None:
-    done = subprocess.run(
-        ["setpriv", "--reuid", "65534", "--clear-groups", *DEMO],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr == "pbrd demo: needs root (network namespaces): try it with sudo\n"
+def test_without_root_the_demo_says_what_to_do(make_lab: MakeLab, capfd: pytest.CaptureFixture[str]) -> None:
+    assert as_nobody(lambda: demo.main(keep=False)) == 1
+    assert capfd.readouterr().err == "pbrd demo: needs root (network namespaces): try it with sudo\n"

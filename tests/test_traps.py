@@ -152,8 +152,8 @@ def test_an_interface_that_vanishes_and_returns_with_another_index(lab: Lab, dae
     assert pbrd.log.count("\n") == lines
     lab.plug(1)
     eventually(lambda: pbrd.uplink("lte")["state"] == "up", within=10)
-    assert lab.exit_of(src=LAN[1]) == "lte"
-    assert lab.exit_of(src=LAN6[1]) == "lte"
+    eventually(lambda: lab.exit_of(src=LAN[1]) == "lte", within=1)
+    eventually(lambda: lab.exit_of(src=LAN6[1]) == "lte", within=1)
     sysctl = lab.run(lab.router, "sysctl", "-n", "net.ipv4.conf.lte.ignore_routes_with_linkdown").stdout
     assert sysctl == "1\n"
     now = lab.run(lab.router, "ip", "rule").stdout
@@ -166,7 +166,7 @@ def test_an_uplink_that_is_not_there_at_the_start(lab: Lab, daemon: StartDaemon)
     assert (pbrd.uplink("lte")["state"], pbrd.uplink("lte")["reason"]) == ("down", "missing")
     lab.plug(1)
     eventually(lambda: pbrd.uplink("lte")["state"] == "up", within=10)
-    assert lab.exit_of(src=LAN[1]) == "lte"
+    eventually(lambda: lab.exit_of(src=LAN[1]) == "lte", within=1)
 
 
 def test_admin_down_and_up(lab: Lab, daemon: StartDaemon) -> None:
