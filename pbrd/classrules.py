@@ -145,7 +145,7 @@ def lack_of_room(config: Config) -> str:
         ]
     else:
         classes = classify(config).classes
-        room = marks_of(config).room
+        room = marks_of(config).room // 2  # a reload gives them other numbers than those in use
         if len(classes) > room:
             return (
                 f"the policies make {len(classes)} different ways, and fwmark_mask has room for {room}; "

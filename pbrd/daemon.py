@@ -34,6 +34,7 @@ from pbrd.judge import Judge
 from pbrd.kernel import Kernel
 from pbrd.log import open_log
 from pbrd.netfilter import Netfilter, table_steps
+from pbrd.nftables import digest
 from pbrd.objects import KernelState
 from pbrd.paths import Paths
 from pbrd.plan import diff
@@ -201,7 +202,8 @@ class Daemon:
             self.later(again)
         target = self.target()
         plan = diff(self.kernel.state(), target)
-        self.netfilter.want("" if self.paused else self.judge.text(self.paths.standings()))
+        recycled, self.judge.recycled = self.judge.recycled, []
+        self.netfilter.want("" if self.paused else self.judge.text(self.paths.standings()), recycled)
         if not self.netfilter.settled:
             plan = plan.additions()
         self.refusals.tell_blocked(plan)
@@ -344,14 +346,14 @@ class Daemon:
         before, table = self.kernel.state(), self.netfilter.applied
         names.move(self.config, fresh)
         self.config = self.judge.follow(fresh, before)
-        self.paths.follow(
-            fresh, self.kernel.families, adopted_standings(self.judge.current, before), time.monotonic()
-        )
+        known = adopted_standings(self.judge.current, before)
+        self.paths.follow(fresh, self.kernel.families, known, time.monotonic())
+        if self.shown is None and before.rules and table != digest(self.judge.text(known)):
+            self.judge.judge_anew()  # a start with other policies than connections were judged by
         self.prober.mark_with(probe_mark(fresh).value)
         self.paused = False
         self.wanted = KernelState()  # what changes now is no drift
-        reason = names.register(fresh)
-        if reason:
+        if reason := names.register(fresh):
             self.log.warning("table names are not registered", reason=reason)
         self.turn()
         if not self.netfilter.settled:
@@ -365,10 +367,8 @@ class Daemon:
         """Take an uplink out of service for new connections, or back into it. Raises ControlError."""
         if name not in {uplink.name for uplink in self.config.uplinks}:
             raise ControlError(f"no uplink is called {name!r}")
-        now = self.paths.drained
-        self.paths.drained = now | {name} if drained else now - {name}
-        reason = drains.save(self.drains, self.paths.drained)
-        if reason:
+        self.paths.drained = self.paths.drained | {name} if drained else self.paths.drained - {name}
+        if reason := drains.save(self.drains, self.paths.drained):
             self.log.warning("drained uplinks are not written down", reason=reason)
         self.turn()
         return {}

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pbrd import ruleset
 from pbrd.cgroups import Watch
 from pbrd.classes import classify, uses_nft
+from pbrd.classrules import lack_of_room
 from pbrd.effective import effective, renumbered, units_of
 from pbrd.errors import PbrdError
 from pbrd.eviction import Eviction, classes_of, pins_of
@@ -38,7 +39,8 @@ class Judge:
         self.names: frozenset[str] = frozenset()  # of the policies in force
         self.block = FIRST
         self.watch: Watch | None = None
-        self.stale: list[Eviction] = []  # connections that must go once the new rules are live
+        self.recycled: list[Eviction] = []  # connections that must go before the new table is live
+        self.stale: list[Eviction] = []  # and those that must go after it
         self._minute: tuple[int, frozenset[str]] | None = None
         self._written: tuple[Config, int, object, object] | None = None
         self._text = ""
@@ -65,11 +67,18 @@ class Judge:
             return
         self._minute = minute
         fresh = effective(self.config, now, minute[1])
+        if minute[1] and lack_of_room(fresh):
+            self.warn("no room for the slices of uplinks", reason=lack_of_room(fresh))
+            fresh = effective(self.config, now, ())
         if fresh != self.current:
             if uses_nft(fresh) and _neutral(fresh) != _neutral(self.current):
                 self._next_block(fresh)
             self.current = fresh
         self.names = frozenset(policy.name for policy in fresh.all_policies)
+
+    def judge_anew(self) -> None:
+        """Give the classes other numbers: what connections bear now was made for other policies."""
+        self._next_block(self.current)
 
     def text(self, standings: Mapping[Key, Standing]) -> str:
         """Return the nftables table that should be in force."""
@@ -105,7 +114,7 @@ class Judge:
         blocks = blocks_of(fresh, size)
         later = [block for block in blocks if block > self.block + len(classify(self.current).classes) - 1]
         self.block = later[0] if later else blocks[0]
-        self.stale += classes_of(fresh, self.block, size)  # of the time when these numbers were last in use
+        self.recycled += classes_of(fresh, self.block, size)  # of when these numbers were last in use
 
     def _slices(self) -> frozenset[str]:
         if self.watch is None:

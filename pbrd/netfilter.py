@@ -35,6 +35,7 @@ class Netfilter:
         self.judged: dict[Key, Standing] = {}  # the standings by which connections were last ended
         self.queue: list[tuple[Family, int, int]] = []  # evictions
         self.dead: list[tuple[tuple[Address, ...], tuple[Network, ...]]] = []
+        self.recycled: list[tuple[Family, int, int]] = []  # to be evicted before the next replacement
         self.leaving = asyncio.Event()
 
     def adopt(self) -> None:
@@ -51,9 +52,10 @@ class Netfilter:
         """Whether the kernel holds the table that is wanted."""
         return self.applied == digest(self.text)
 
-    def want(self, text: str) -> None:
-        """Have the kernel hold the table `text`, soon."""
+    def want(self, text: str, recycled: Iterable[Eviction] = ()) -> None:
+        """Have the kernel hold the table `text`, soon; forget `recycled` connections before."""
         self.text = text
+        self.recycled += [(one.family, one.value, one.mask) for one in recycled]
         if not self.settled:
             self.work.set()
 
@@ -82,6 +84,8 @@ class Netfilter:
         """Replace the table until it is the one that is wanted. Raises KernelError."""
         while not self.settled:
             text = self.text
+            recycled, self.recycled = self.recycled, []
+            await self.conntrack.evict_beside(recycled)
             await self.table.replace(text)
             self.applied = digest(text)
         self.wake()
@@ -90,7 +94,9 @@ class Netfilter:
         self, judge: Judge, standings: Mapping[Key, Standing], links: Mapping[str, Link]
     ) -> None:
         """End the connections that can't stay where they are, now that others can take them."""
-        before, self.judged = self.judged, dict(standings)
+        # At a start all uplinks count as up until now: nobody has ended connections of one that is down.
+        before = self.judged or dict.fromkeys(standings, Standing(usable=True, preferred=True))
+        self.judged = dict(standings)
         stale, judge.stale = judge.stale, []
         self.evict(stale)
         if before == self.judged:

@@ -62,12 +62,16 @@ class Plan:
 
         While another nftables table is on its way, packets bear the old marks: their rules must stay.
         """
-        kept = [
-            step
-            for step in self.steps
-            if step.verb is not Verb.DELETE or (isinstance(step.item, Route) and step.item.table in self.live)
-        ]
-        return replace(self, steps=tuple(kept))
+        leaving = {s.item.table for s in self.steps if s.verb is Verb.DELETE and isinstance(s.item, Rule)}
+
+        def may_go(step: Step) -> bool:
+            if step.verb is Verb.DELETE:
+                return isinstance(step.item, Route) and step.item.table in self.live
+            # A table that they look at may be another uplink's from now on: so it stays empty until they go.
+            default = isinstance(step.item, Route) and step.item.is_default and step.item.table in leaving
+            return not (default and step.verb is Verb.ADD)
+
+        return replace(self, steps=tuple(filter(may_go, self.steps)))
 
     def lines(self) -> tuple[str, ...]:
         """Return one line for each step in the words of ip(8)."""

@@ -30,6 +30,7 @@ from pbrd.objects import (
 )
 from pbrd.rules import (
     BOUND,
+    DEFAULT_PINS,
     MOST,
     address_rules,
     fixed_rules,
@@ -244,6 +245,10 @@ def adopted_block(config: Config, state: KernelState) -> int:
     unit = classes & -classes
     marks = [rule.fwmark for rule in state.rules if rule.fwmark is not None and unit]
     whole = [mark.value // unit - 1 for mark in marks if mark.mask == classes]
+    pins = config.daemon.rule_priority + DEFAULT_PINS
+    whole += [
+        (r.fwmark.value & classes) // unit for r in state.rules if r.priority == pins and r.fwmark and unit
+    ]
     first = min(whole, default=FIRST)
     return first if first in blocks_of(config, len(classify(config).classes)) else FIRST
 
@@ -254,9 +259,9 @@ def adopted_numbers(config: Config, state: KernelState) -> dict[str, int]:
     The rules of bound sockets say so: one for each uplink, at its number.
     """
     first = config.daemon.rule_priority + BOUND
-    tables = {uplink.path_table: uplink.name for uplink in config.uplinks}
-    rows = {rule.table: rule.priority - first for rule in state.rules if rule.oif and rule.fwmark is None}
-    return {tables[table]: number for table, number in rows.items() if table in tables and 0 <= number < MOST}
+    names = {uplink.interface: uplink.name for uplink in config.uplinks}
+    rows = {rule.oif: rule.priority - first for rule in state.rules if rule.oif and rule.fwmark is None}
+    return {names[oif]: number for oif, number in rows.items() if oif in names and 0 <= number < MOST}
 
 
 def _pairs(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:

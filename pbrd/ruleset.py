@@ -77,9 +77,22 @@ class _Writer:
                 f"out{number}",
                 f"meta mark & {every:#x} == {every:#x} return",
                 f"ct mark & {self.marks.classes:#x} == {self.marks.class_(INBOUND):#x} return",
+                *self.unmasked(uplink, pin),
                 f"ct direction original ct mark & {pins:#x} != {pin:#x} "
                 f"ct mark set ct mark & {self.clear(pins)} | {pin:#x}",
             )
+
+    def unmasked(self, uplink: Uplink, pin: int) -> Iterator[str]:
+        """Drop what comes over from an uplink without NAT: the connection can't be masqueraded any more.
+
+        It is evicted as soon as the daemon knows; then it begins anew here.
+        """
+        for wanted, family in ((uplink.nat, "ipv4"), (uplink.nat6, "ipv6")):
+            if wanted:
+                yield (
+                    f"meta nfproto {family} ct direction original "
+                    f"ct mark & {self.marks.pins:#x} != {{ 0x0, {pin:#x} }} ct status & snat == 0 drop"
+                )
 
     # --- judging ------------------------------------------------------------------------------
 

@@ -2,9 +2,11 @@
 
 import shutil
 import socket
+import threading
+import time
 from contextlib import closing
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGKILL, SIGTERM
 
 import pytest
 from conftest import HEAD, PROBE, UPLINKS, Daemon, MakeLab, StartDaemon, all_up, eventually
@@ -371,4 +373,98 @@ def test_a_reload_that_needs_nft_where_there_is_none_changes_nothing(
     assert "nft is not installed" in refused.stderr
     assert lab.run(lab.router, "ip", "rule").stdout == rules
     assert pbrd.status()["last_reload"]["ok"] is False
+    assert lab.exit_of() == "fiber"
+
+
+def busy(client: socket.socket, peer: socket.socket, seconds: float) -> None:
+    """Talk without a pause."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert talks(client, peer)
+
+
+def test_reloads_of_other_policies_break_no_live_connection(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = start(lab, daemon)
+    other = (
+        '[[policies]]\nname = "other{n}"\nmatch = {{ from = "192.168.100.{n}" }}\nvia = ["lte"]\n[[policies]]'
+    )
+    with served(lab, lab.net, TARGETS[0], 8080) as server:
+        client = connected(lab, lab.lan, LAN[0], TARGETS[0], 8080)
+        peer, _ = server.accept()
+        with client, peer:
+            for n in range(70, 76):
+                text = CONFIG.replace("[[policies]]", other.format(n=n), 1)
+                assert pbrd.reload(text).returncode == 0
+                busy(client, peer, 0.2)
+
+
+@pytest.mark.parametrize("number", [SIGKILL, SIGTERM])
+def test_a_kill_switch_that_a_restart_brings_holds_for_live_connections(
+    lab: Lab, daemon: StartDaemon, number: int
+) -> None:
+    pbrd = start(lab, daemon)
+    with closing(lab.flow(Packet(dst=TARGETS[0], src=LAN[0], sport=5555))) as flow:
+        assert flow.exit() == "fiber"
+        only_lte = f'[[policies]]\nname = "new"\nmatch = {{ from = "{LAN[0]}" }}\nvia = ["lte"]\n'
+        only_lte += 'fallback = "unreachable"\n[[policies]]'
+        pbrd.stop(number)
+        pbrd.config.write_text(CONFIG.replace("[[policies]]", only_lte, 1))
+        pbrd.restart()
+        flow.exit(0.1)  # the packet that meets the old NAT ends it
+        assert flow.exit() == "lte"
+
+
+def test_flows_stay_when_another_uplink_joins_or_leaves(make_lab: MakeLab, daemon: StartDaemon) -> None:
+    lab = make_lab(("wg", "fiber", "lte"))
+    wg = '[uplinks.wg]\ninterface = "wg"\nnat = true\n'
+    pbrd = start(lab, daemon, HEAD + PROBE + wg + NAT + POLICIES)
+    lab.silence(1)
+    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    with closing(lab.flow(Packet(dst=TARGETS[0], src=LAN[0], sport=5555))) as flow:
+        eventually(lambda: flow.exit() == "lte", within=2)
+        lab.silence(1, False)
+        eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
+        for text in (HEAD + PROBE + NAT + POLICIES, HEAD + PROBE + wg + NAT + POLICIES):
+            assert pbrd.reload(text).returncode == 0
+            assert flow.exit() == "lte"
+
+
+def test_no_private_address_leaves_by_an_uplink_with_nat(lab: Lab, daemon: StartDaemon) -> None:
+    """A flow that began where no NAT is must not just move over, as the kernel would have it."""
+    text = CONFIG.replace('"fiber"\nnat = true\nnat6 = true', '"fiber"', 1)
+    pbrd = start(lab, daemon, text)
+    private = lab.counter(f"ip saddr {LAN[0]}")
+    with closing(lab.flow(Packet(dst=TARGETS[0], src=LAN[0], sport=5555))) as flow:
+        assert flow.exit() == "fiber"
+        lab.carrier(0, False)
+        eventually(lambda: pbrd.policy("default")["active"] == "lte")
+        eventually(lambda: flow.exit(0.1) == "lte", within=3)
+    assert private.read()["lte"] == 0
+
+
+def test_swapped_uplinks_leak_nothing(lab: Lab, daemon: StartDaemon) -> None:
+    fiber, lte = NAT.split("[uplinks.lte]")
+    swapped = "[uplinks.lte]" + lte + fiber
+    pbrd = start(lab, daemon)
+    leaks = lab.counter(f"ip saddr {{ {lab.uplinks[0].address}, {LAN[2]} }} udp sport 6666")
+    stop = threading.Event()
+
+    def flood() -> None:
+        with closing(lab.flow(Packet(dst=TARGETS[0], src=LAN[2], sport=6666))) as flow:
+            while not stop.is_set():
+                flow.exit(0.001)
+
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    for text in (HEAD + PROBE + swapped + POLICIES, CONFIG) * 3:
+        assert pbrd.reload(text).returncode == 0
+    stop.set()
+    flooding.join()
+    assert leaks.read()["fiber"] == 0
+
+
+def test_a_small_mask_has_no_room_for_slices_and_the_daemon_lives(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, HEAD + "fwmark_mask = 0x0f000000\n" + PROBE + UPLINKS + POLICIES)
+    assert lab.exit_of() == "fiber"
+    assert pbrd.reload(HEAD + "fwmark_mask = 0x03000000\n" + PROBE + NAT + POLICIES).returncode == 78
     assert lab.exit_of() == "fiber"

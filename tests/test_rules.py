@@ -225,7 +225,7 @@ def test_more_ways_than_the_mask_has_room_for_are_refused() -> None:
         for n in range(30)
     )
     with pytest.raises(
-        ConfigError, match=r"policies make 31 different ways, and fwmark_mask has room for 29"
+        ConfigError, match=r"policies make 31 different ways, and fwmark_mask has room for 14"
     ):
         config(more + policies)
     assert config(more + policies + "[daemon]\nfwmark_mask = 0xffff0000\n")
