@@ -99,6 +99,11 @@ def all_up(daemon: "Daemon") -> bool:
     return bool(uplinks) and all(uplink["state"] == "up" for uplink in uplinks)
 
 
+def goes_by(daemon: "Daemon", uplink: str, policy: str = "default") -> bool:
+    """Whether a policy takes `uplink` in both families: each is judged on its own, and falls on its own."""
+    return set(daemon.policy(policy).get("families", {}).values()) == {uplink}
+
+
 class Leaving:
     """A stream whose packets are also counted where they leave, by the kernel.
 

@@ -4,7 +4,7 @@ import time
 from signal import SIGCONT, SIGSTOP
 
 import pytest
-from conftest import HEAD, PROBE, UPLINKS, Leaving, StartDaemon, all_up, eventually
+from conftest import HEAD, PROBE, UPLINKS, Leaving, StartDaemon, all_up, eventually, goes_by
 
 from pbrd.lab import LAN, LAN6, Lab
 
@@ -70,7 +70,7 @@ def test_silent_death_is_over_within_the_bound(lab: Lab, daemon: StartDaemon, so
     stream = lab.traffic(rate=500, src=source)
     time.sleep(0.7)
     lab.silence(0)
-    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    eventually(lambda: goes_by(pbrd, "lte"))
     time.sleep(0.3)
     result = stream.stop()
     assert result.path == ["fiber", "lte"]
@@ -142,7 +142,7 @@ def test_a_lossy_uplink_is_degraded_and_new_traffic_avoids_it(lab: Lab, daemon: 
     lab.loss(0, 50)
     eventually(lambda: pbrd.uplink("fiber")["state"] == "degraded", within=10)
     assert pbrd.uplink("fiber")["reason"] == "loss"
-    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    eventually(lambda: goes_by(pbrd, "lte"))
     assert lab.exit_of() == "lte"
     lab.loss(0, 0)
     eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
@@ -170,8 +170,8 @@ def test_a_second_failure_during_the_first_is_seen_in_time(lab: Lab, daemon: Sta
     pbrd = daemon(lab, CONFIG)
     eventually(lambda: all_up(pbrd))
     lab.silence(0)
-    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    eventually(lambda: goes_by(pbrd, "lte"))
     lab.carrier(1, False)
     eventually(lambda: pbrd.policy("default")["state"] == "fallback", within=1)
     lab.carrier(1, True)
-    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    eventually(lambda: goes_by(pbrd, "lte"))

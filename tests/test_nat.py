@@ -9,7 +9,7 @@ from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
 import pytest
-from conftest import HEAD, PROBE, UPLINKS, Daemon, MakeLab, StartDaemon, all_up, eventually
+from conftest import HEAD, PROBE, UPLINKS, Daemon, MakeLab, StartDaemon, all_up, eventually, goes_by
 
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab, Packet
 
@@ -94,7 +94,7 @@ def test_a_connection_on_lte_survives_the_healing_of_fiber(
 ) -> None:
     pbrd = start(lab, daemon)
     lab.silence(0)
-    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    eventually(lambda: goes_by(pbrd, "lte"))
     with served(lab, lab.net, target, 8080) as server:
         client = connected(lab, lab.lan, source, target, 8080)
         peer, address = server.accept()
@@ -116,7 +116,7 @@ def test_immediate_failback_moves_them_at_once(
 ) -> None:
     pbrd = start(lab, daemon, CONFIG.replace("[default]", '[default]\nfailback = "immediate"'))
     lab.silence(0)
-    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    eventually(lambda: goes_by(pbrd, "lte"))
     with closing(lab.flow(Packet(dst=target, src=source, sport=5555))) as flow:
         assert flow.exit() == "lte"
         lab.silence(0, False)
@@ -132,7 +132,7 @@ def test_a_udp_flow_moves_when_its_uplink_dies_and_stays_where_it_went(
     with closing(lab.flow(Packet(dst=target, src=source, sport=5555))) as flow:
         assert flow.exit() == "fiber"
         lab.silence(0)
-        eventually(lambda: pbrd.policy("default")["active"] == "lte")
+        eventually(lambda: goes_by(pbrd, "lte"))
         eventually(lambda: flow.exit() == "lte", within=2)
         lab.silence(0, False)
         eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
@@ -151,7 +151,7 @@ def test_a_connection_on_dead_fiber_is_reset_within_a_second(
         with client, peer:
             assert talks(client, peer)
             lab.carrier(0, False)
-            eventually(lambda: pbrd.policy("default")["active"] == "lte")
+            eventually(lambda: goes_by(pbrd, "lte"))
             eventually(lambda: is_reset(client), within=2)
 
 
@@ -312,7 +312,7 @@ def test_foreign_mark_bits_survive(lab: Lab, daemon: StartDaemon, source: str, t
 def test_connections_of_the_box_itself_are_pinned_too(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = start(lab, daemon)
     lab.silence(0)
-    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    eventually(lambda: goes_by(pbrd, "lte"))
     with served(lab, lab.net, TARGETS[0], 8080) as server:
         client = connected(lab, lab.router, "", TARGETS[0], 8080)
         peer, _ = server.accept()
@@ -419,7 +419,7 @@ def test_flows_stay_when_another_uplink_joins_or_leaves(make_lab: MakeLab, daemo
     wg = '[uplinks.wg]\ninterface = "wg"\nnat = true\n'
     pbrd = start(lab, daemon, HEAD + PROBE + wg + NAT + POLICIES)
     lab.silence(1)
-    eventually(lambda: pbrd.policy("default")["active"] == "lte")
+    eventually(lambda: goes_by(pbrd, "lte"))
     with closing(lab.flow(Packet(dst=TARGETS[0], src=LAN[0], sport=5555))) as flow:
         eventually(lambda: flow.exit() == "lte", within=2)
         lab.silence(1, False)
@@ -437,7 +437,7 @@ def test_no_private_address_leaves_by_an_uplink_with_nat(lab: Lab, daemon: Start
     with closing(lab.flow(Packet(dst=TARGETS[0], src=LAN[0], sport=5555))) as flow:
         assert flow.exit() == "fiber"
         lab.carrier(0, False)
-        eventually(lambda: pbrd.policy("default")["active"] == "lte")
+        eventually(lambda: goes_by(pbrd, "lte"))
         eventually(lambda: flow.exit(0.1) == "lte", within=3)
     assert private.read()["lte"] == 0
 
