@@ -21,6 +21,7 @@ from pbrd.rules import (
     DEFAULT_PINS,
     FALLBACK_ACTION,
     PINS,
+    PINS_END,
     bands,
     by_preference,
     has_family,
@@ -66,12 +67,17 @@ class _Writer:
         return uplink if has_family(uplink, self.family) else None
 
     def inbound(self) -> Iterator[Rule]:
-        """What came in by an uplink is answered there, whatever the policies say."""
+        """What came in by an uplink is answered there, whatever the policies say, or not at all.
+
+        An answer by another uplink is of no use, and policies that would forbid it are not asked.
+        """
         for uplink in self.config.uplinks:
             if has_family(uplink, self.family):
                 value = self.marks.class_(INBOUND) | pin_of(self.marks, uplink)
                 mark = Mark(value, self.marks.mask)
                 yield Rule(self.family, self.base + PINS + uplink.index + 1, table=uplink.table, fwmark=mark)
+        came = Mark(self.marks.class_(INBOUND), self.marks.classes)
+        yield Rule(self.family, self.base + PINS_END, Action.UNREACHABLE, fwmark=came)
 
     def pins(self, place: int, names: tuple[str, ...], priority: int) -> Iterator[Rule]:
         """A live connection of this class stays on the uplink that it is on, if that is one of `names`."""

@@ -156,7 +156,9 @@ def _add_plan(commands: Commands) -> None:
         commands, "plan", plan, about, "sudo pbrd plan --config ./new.toml; test $? = 4 && echo changes"
     )
     added.add_argument(
-        "--config", metavar="FILE", help=f"(default: that of the running daemon, else {CONFIG_FILE})"
+        "--config",
+        metavar="FILE",
+        help=f"what a reload with it would change (default: with the config in force, else {CONFIG_FILE})",
     )
 
 
@@ -179,7 +181,7 @@ def _add_flush(commands: Commands) -> None:
 
 
 def _add_drain(commands: Commands) -> None:
-    about = "take an uplink out of service for new connections; live ones finish there"
+    about = "take an uplink out of service for new connections; live ones finish there if nftables is in use"
     _add(commands, "drain", drain, about, "sudo pbrd drain lte").add_argument("uplink", metavar="UPLINK")
 
 

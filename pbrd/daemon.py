@@ -7,7 +7,6 @@ touched or marked until nothing is left to do. One task writes to the kernel: th
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import time
@@ -65,7 +64,7 @@ class Daemon:
         self.paths = Paths()
         self.paths.drained = drains.load(self.drains)
         self.judge = Judge(self.wake, log.warning, asyncio.get_running_loop())
-        self.netfilter = Netfilter(self.wake, log)
+        self.netfilter = Netfilter(self.wake, self.judge.units_again, log)
         self.prober = Prober(probe_mark(self.config).value, self.wake)
         self.awake = asyncio.Event()
         self.disturbed = asyncio.Event()
@@ -132,7 +131,7 @@ class Daemon:
             signal.SIGHUP: self.hangup.set,
             signal.SIGTERM: self.stopping.set,
             signal.SIGINT: self.stopping.set,
-            signal.SIGUSR1: self.log_state,
+            signal.SIGUSR1: lambda: self.log.info("state", document=status.to_json(self.snapshot())),
         }
 
     # --- the loop -----------------------------------------------------------------------------
@@ -256,7 +255,7 @@ class Daemon:
             paths,
             paths.standings(),
             state,
-            self.judge.names,
+            frozenset() if self.paused else self.judge.names,
             snapshot.open_tables(self.config, state),
             self.judge.slices() if self.netfilter.settled and not self.paused else {},
             time.time() - now,
@@ -273,10 +272,6 @@ class Daemon:
             self.last_reload,
             self.paused,
         )
-
-    def log_state(self) -> None:
-        """Log the whole state (SIGUSR1)."""
-        self.log.info("state", document=json.dumps(status.to_json(self.snapshot())))
 
     # --- requests -----------------------------------------------------------------------------
 
@@ -356,7 +351,7 @@ class Daemon:
         if reason := names.register(fresh):
             self.log.warning("table names are not registered", reason=reason)
         self.turn()
-        if not self.netfilter.settled:
+        while not self.netfilter.settled:
             await self.netfilter.settle()
             self.wanted = KernelState()
             self.turn()
@@ -379,6 +374,7 @@ class Daemon:
         removed = await offline.flush_all(self.kernel, self.netfilter.table, self.config)
         self.netfilter.adopt()
         self.log.warning("paused: nothing of ours is in the kernel until a reload", removed=len(removed))
+        self.shown = None
         self.publish()
         return {"removed": removed}
 

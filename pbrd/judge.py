@@ -76,6 +76,13 @@ class Judge:
             self.current = fresh
         self.names = frozenset(policy.name for policy in fresh.all_policies)
 
+    def units_again(self) -> bool:
+        """Look at the units whatever we heard of them; say whether they are others than before."""
+        changed = self.watch is not None and self.watch.look()
+        if changed:
+            self._minute = None
+        return changed
+
     def judge_anew(self) -> None:
         """Give the classes other numbers: what connections bear now was made for other policies."""
         self._next_block(self.current)

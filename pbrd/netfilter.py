@@ -24,8 +24,9 @@ REST = 0.05  # seconds between two replacements: whoever can start units must no
 class Netfilter:
     """The table of one network namespace, and its connections."""
 
-    def __init__(self, wake: Callable[[], None], log: Any) -> None:
-        self.wake, self.log = wake, log
+    def __init__(self, wake: Callable[[], None], again: Callable[[], bool], log: Any) -> None:
+        """`again` looks at the units again and says whether they have changed."""
+        self.wake, self.again, self.log = wake, again, log
         self.table = Table()
         self.conntrack = Conntrack()
         self.text = ""
@@ -81,12 +82,17 @@ class Netfilter:
                 asyncio.get_running_loop().call_later(RETRY, self.work.set)
 
     async def settle(self) -> None:
-        """Replace the table until it is the one that is wanted. Raises KernelError."""
+        """Replace the table until it is the one that is wanted, or must be another. Raises KernelError."""
         while not self.settled:
             text = self.text
             recycled, self.recycled = self.recycled, []
             await self.conntrack.evict_beside(recycled)
-            await self.table.replace(text)
+            try:
+                await self.table.replace(text)
+            except KernelError:  # a unit may have gone between our look and nft's
+                if not self.again():
+                    raise
+                break
             self.applied = digest(text)
         self.wake()
 

@@ -24,7 +24,7 @@ ICMP, ICMPV6 = 1, 58
 
 # Bands of rule priorities, relative to `daemon.rule_priority`.
 PROBES, PROBES_END = 0, 99
-PINS = 100
+PINS, PINS_END = 100, 200
 OVERRIDES, OVERRIDES_WIDTH = 400, 500
 CLASS_OVERRIDES, CLASS_OVERRIDES_WIDTH = 700, 200  # of OVERRIDES, where nftables is in use
 MAIN_SPECIFIC = 900

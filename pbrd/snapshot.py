@@ -190,7 +190,7 @@ def _policy(view: View, policy: Policy, is_on: bool, since: str) -> PolicyStatus
     choices = {family: chosen(view, policy, family) if is_on else None for family in view.families}
     family = _counting(view, policy)
     active = choices[family]
-    state, reason = _judged(view, policy, family, active) if is_on else ("inactive", "not at this time")
+    state, reason = _judged(view, policy, family, active) if is_on else ("inactive", "not in force now")
     return PolicyStatus(
         policy.name,
         names_of(policy),

@@ -81,7 +81,7 @@ def note(document: Document, histories: Histories) -> None:
 
 def _draw(text: str, in_place: bool, as_json: bool) -> None:
     if in_place:
-        rows = text.splitlines()[: os.get_terminal_size(sys.stdout.fileno()).lines]
+        rows = text.splitlines()[: os.get_terminal_size(sys.stdout.fileno()).lines or 24]
         sys.stdout.write("\x1b[H" + "\r\n".join(f"{row}\x1b[K" for row in rows) + "\x1b[J")
     else:
         sys.stdout.write(text + ("\n" if as_json else "\n\n"))

@@ -468,3 +468,27 @@ def test_a_small_mask_has_no_room_for_slices_and_the_daemon_lives(lab: Lab, daem
     assert lab.exit_of() == "fiber"
     assert pbrd.reload(HEAD + "fwmark_mask = 0x03000000\n" + PROBE + NAT + POLICIES).returncode == 78
     assert lab.exit_of() == "fiber"
+
+
+def test_answers_of_a_dead_uplink_leave_by_no_other(lab: Lab, daemon: StartDaemon) -> None:
+    """They are not judged by policies, so a kill switch could not hold them back elsewhere."""
+    pbrd = start(lab, daemon)
+    side = lab.uplinks[1]
+    route_to(lab, 1, side.address)
+    lab.nft(
+        lab.router,
+        f"""table ip forward {{ chain pre {{ type nat hook prerouting priority dstnat;
+        tcp dport 8443 dnat to {LAN[2]}:443; }}; }}""",
+    )
+    leaks = lab.counter("tcp sport { 443, 8443 }")
+    with served(lab, lab.lan, LAN[2], 443) as server:
+        client = connected(lab, lab.net, "", side.address, 8443)
+        peer, _ = server.accept()
+        with client, peer:
+            assert talks(client, peer)
+            lab.silence(1)
+            eventually(lambda: pbrd.uplink("lte")["state"] == "down")
+            for _ in range(10):
+                peer.sendall(b"secret")
+                time.sleep(0.05)
+    assert leaks.read()["fiber"] == 0
