@@ -92,7 +92,19 @@ def warnings(config: Config) -> tuple[str, ...]:
         *_unprobed_families(config),
         *_capped_quorums(config),
         *_shadowed(config),
+        *_wrong_sources(config),
     )
+
+
+def _wrong_sources(config: Config) -> Iterator[str]:
+    bare = {uplink.name for uplink in config.uplinks if uplink.enabled and not uplink.nat}
+    for policy in config.policies:
+        names = [name for name in (policy.via or tuple(dict(policy.balance))) if name in bare]
+        if names and (policy.match.unit or policy.match.group):
+            yield (
+                f"policies.{policy.name}: units and groups are known only after a socket has its source, "
+                f'so it may be another uplink\'s; set nat = true on "{names[0]}"'
+            )
 
 
 def _idle(config: Config) -> Iterator[str]:

@@ -847,3 +847,10 @@ def test_no_text_causes_anything_but_a_config_error(text: str) -> None:
         parse([("x.toml", text)])
     except ConfigError as error:
         assert all(problem.file == "x.toml" for problem in error.problems)  # noqa: PT017 none is right too
+
+
+def test_traffic_of_units_without_nat_is_warned_of() -> None:
+    lines = warnings(of(policy("unit = 'restic.service'", "via = ['lte']")))
+    assert [line for line in lines if 'set nat = true on "lte"' in line]
+    native = warnings(of(policy("user = 'backup'", "via = ['lte']")))
+    assert not [line for line in native if "nat = true" in line]
