@@ -14,7 +14,7 @@ from contextlib import closing
 from ipaddress import ip_address
 
 from pbrd.errors import KernelError
-from pbrd.netlink import ANSWER_TIMEOUT, HEADER, NETLINK_CAP_ACK, SOL_NETLINK, Requests
+from pbrd.netlink import HEADER, Requests
 from pbrd.settings import Address, Family, Network
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
@@ -39,11 +39,11 @@ class Conntrack:
     """The connection tracking of the network namespace in which this was made."""
 
     def __init__(self) -> None:
-        self.requests: _Requests | None = None
+        self.requests: Requests | None = None
         self.turn = threading.Lock()
         try:
-            self.requests = _Requests(NETLINK_NETFILTER)
-        except OSError as error:
+            self.requests = Requests(NETLINK_NETFILTER)
+        except KernelError as error:
             if error.errno not in ABSENT:
                 raise
 
@@ -87,7 +87,7 @@ def destroy_sockets(addresses: Iterable[Address], neighbours: Iterable[Network] 
     can't (CONFIG_INET_DIAG_DESTROY) or we may not. Raises KernelError for all else.
     """
     try:
-        with closing(_Requests(NETLINK_SOCK_DIAG)) as requests:
+        with closing(Requests(NETLINK_SOCK_DIAG)) as requests:
             found = [
                 request
                 for address in addresses
@@ -99,16 +99,10 @@ def destroy_sockets(addresses: Iterable[Address], neighbours: Iterable[Network] 
         if error.errno in ABSENT | {errno.EPERM}:
             return 0
         raise
-    except OSError as error:
-        if error.errno in ABSENT:
-            return 0
-        raise
     return refusals.count(None)  # the others have ended by themselves, or we may not
 
 
-def _destructions(
-    requests: "_Requests", address: Address, neighbours: tuple[Network, ...]
-) -> Iterator[bytes]:
+def _destructions(requests: Requests, address: Address, neighbours: tuple[Network, ...]) -> Iterator[bytes]:
     """Yield the requests that end what has `address`; dual-stack sockets are IPv6 with an IPv4 one."""
     families = (Family.IPV4, Family.IPV6) if address.version == 4 else (Family.IPV6,)
     for family in families:
@@ -139,14 +133,3 @@ def _diag(
 ) -> bytes:
     body = DIAG.pack(family, socket.IPPROTO_TCP, 0, states, identity) + attribute
     return HEADER.pack(16 + len(body), kind, NLM_F_REQUEST | flags, 0, 0) + body
-
-
-class _Requests(Requests):
-    """`Requests` of another protocol than rtnetlink."""
-
-    def __init__(self, protocol: int) -> None:
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-        self.socket = socket.socket(socket.AF_NETLINK, kind, protocol)
-        self.socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ANSWER_TIMEOUT)
-        self.sequence = 0

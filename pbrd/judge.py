@@ -67,8 +67,8 @@ class Judge:
             return
         self._minute = minute
         fresh = effective(self.config, now, minute[1])
-        if minute[1] and lack_of_room(fresh):
-            self.warn("no room for the slices of uplinks", reason=lack_of_room(fresh))
+        if minute[1] and (reason := lack_of_room(fresh)):
+            self.warn("no room for the slices of uplinks", reason=reason)
             fresh = effective(self.config, now, ())
         if fresh != self.current:
             if uses_nft(fresh) and _neutral(fresh) != _neutral(self.current):

@@ -50,16 +50,19 @@ def messages_in(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 class Requests:
     """The socket for changes and dumps. Not shared with events: those would answer for each other."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: int = NETLINK_ROUTE) -> None:
+        """Open it for rtnetlink, or another netlink `protocol`. Raises KernelError."""
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         try:
-            self.socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_ROUTE)
+            self.socket = socket.socket(socket.AF_NETLINK, kind, protocol)
         except OSError as error:
             raise KernelError(f"cannot open a netlink socket: {error.strerror}", error.errno or 0) from error
-        for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
-            self.socket.setsockopt(SOL_NETLINK, option, 1)
-        with suppress(PermissionError):  # `pbrd plan` of a user: its few dumps fit the default
-            self.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, EVENT_BUFFER)
+        self.socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+        if protocol == NETLINK_ROUTE:
+            for option in (NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
+                self.socket.setsockopt(SOL_NETLINK, option, 1)
+            with suppress(PermissionError):  # `pbrd plan` of a user: its few dumps fit the default
+                self.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, EVENT_BUFFER)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ANSWER_TIMEOUT)
         self.sequence = 0
 
@@ -98,7 +101,7 @@ class Requests:
         wanted = self.sequence
         data = bytearray(request)
         struct.pack_into("=I", data, 8, wanted)
-        self.socket.send(data)
+        self._send(data)
         while True:
             for kind, flags, sequence, message in messages_in(self._receive()):
                 if sequence != wanted:
@@ -131,13 +134,19 @@ class Requests:
             data += request
             struct.pack_into("=I", data, at + 8, number)
             data += bytes(-len(data) % 4)
-        self.socket.send(data)
+        self._send(data)
         results: dict[int, KernelError | None] = {}
         while len(results) < len(requests):
             for kind, _, sequence, message in messages_in(self._receive()):
                 if kind == NLMSG_ERROR and first <= sequence < first + len(requests):
                     results[sequence] = _error(message, "change")
         return [results[number] for number in range(first, first + len(requests))]
+
+    def _send(self, data: bytearray) -> None:
+        try:
+            self.socket.send(data)
+        except OSError as error:
+            raise KernelError(f"cannot ask the kernel: {error.strerror}", error.errno or 0) from error
 
     def _receive(self) -> bytes:
         try:

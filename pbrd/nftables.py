@@ -25,11 +25,9 @@ from typing import Final
 from pbrd.errors import KernelError
 from pbrd.netlink import (
     ANSWER_LIMIT,
-    ANSWER_TIMEOUT,
     EVENT_BUFFER,
     HEADER,
     NETLINK_ADD_MEMBERSHIP,
-    NETLINK_CAP_ACK,
     SO_RCVBUFFORCE,
     SOL_NETLINK,
     Requests,
@@ -66,10 +64,10 @@ class Table:
     """Our table in the network namespace in which this was made; `nft` runs in that of the calling thread."""
 
     def __init__(self) -> None:
-        self.requests: _Requests | None = None
+        self.requests: Requests | None = None
         self.events: socket.socket | None = None
-        with suppress(OSError):  # a kernel without netfilter: it holds nothing, and `replace` will complain
-            self.requests = _Requests()
+        with suppress(KernelError):  # without netfilter: it holds nothing, and `replace` will complain
+            self.requests = Requests(NETLINK_NETFILTER)
         self.own: set[int] = set()  # processes of ours that are changing the table
         self.pids_tell = True
         self.named = False  # events of a transaction that is not complete yet name our table
@@ -250,17 +248,6 @@ class Table:
             self.named = False
         elif not self.named and NAMED in data:
             self.named = any(m[16] == NFPROTO_INET and m[20:32] == NAMED for *_, m in messages_in(data))
-
-
-class _Requests(Requests):
-    """`Requests` of netfilter instead of rtnetlink."""
-
-    def __init__(self) -> None:
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-        self.socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
-        self.socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ANSWER_TIMEOUT)
-        self.sequence = 0
 
 
 def _request(kind: int, body: bytes, *, dump: bool = True) -> bytes:
