@@ -7,7 +7,6 @@ touched or marked until nothing is left to do. One task writes to the kernel: th
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -19,13 +18,9 @@ from pbrd import (
     config,
     control,
     drains,
-    events,
     names,
     offline,
-    snapshot,
-    status,
     systemd,
-    tables,
 )
 from pbrd.drift import Drift
 from pbrd.errors import ConfigError, ControlError, KernelError
@@ -40,6 +35,7 @@ from pbrd.plan import diff
 from pbrd.probe import Path as ProbePath
 from pbrd.probe import Prober
 from pbrd.refusals import Refusals
+from pbrd.report import Report
 from pbrd.routing import adopted_standings, desired
 from pbrd.rules import probe_mark
 from pbrd.settings import Config, OnStop
@@ -74,10 +70,8 @@ class Daemon:
         self.drift = Drift(self.wake, log)
         self.wanted = KernelState()  # what the last plan was made for
         self.refusals = Refusals(log)
-        self.generation = 1
+        self.report = Report(path, self.kernel, self.paths, self.judge, self.netfilter, self.drift, log)
         self.paused = False
-        self.last_reload: status.ReloadStatus | None = None
-        self.shown: status.Snapshot | None = None
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -131,7 +125,7 @@ class Daemon:
             signal.SIGHUP: self.hangup.set,
             signal.SIGTERM: self.stopping.set,
             signal.SIGINT: self.stopping.set,
-            signal.SIGUSR1: lambda: self.log.info("state", document=status.to_json(self.snapshot())),
+            signal.SIGUSR1: lambda: self.log.info("state", document=self.report.document(self.paused)),
         }
 
     # --- the loop -----------------------------------------------------------------------------
@@ -192,7 +186,7 @@ class Daemon:
             self.kernel.changes.everything = True
             self.later(RETRY)
         self.follow_probes()
-        self.publish()
+        self.report.publish(self.paused)
 
     def enforce(self) -> None:
         """Plan from the mirror, and apply."""
@@ -232,53 +226,12 @@ class Daemon:
                 found.append(ProbePath(name, family, link.name, link.index, health))
         self.prober.follow(found)
 
-    # --- what people see ----------------------------------------------------------------------
-
-    def publish(self) -> None:
-        """Log what happened since the last turn."""
-        now = self.snapshot()
-        for event in events.between(self.shown, now) if self.shown else ():
-            level = self.log.warning if event.kind in ("uplink-down", "failover") else self.log.info
-            level(event.sentence, event_kind=event.kind, **event.facts())
-        self.shown = now
-        if systemd.listens():
-            systemd.notify(f"STATUS={tables.line(status.to_json(now))}")
-
-    def snapshot(self) -> status.Snapshot:
-        """Return the daemon at this moment."""
-        now = time.monotonic()
-        kernel, paths, state = self.kernel, self.paths, self.kernel.state()
-        view = snapshot.View(
-            self.config,
-            kernel.families,
-            kernel.links,
-            paths,
-            paths.standings(),
-            state,
-            frozenset() if self.paused else self.judge.names,
-            snapshot.open_tables(self.config, state),
-            self.judge.slices() if self.netfilter.settled and not self.paused else {},
-            time.time() - now,
-        )
-        before = {policy.name: policy for policy in self.shown.policies} if self.shown else {}
-        return status.Snapshot(
-            __version__,
-            os.getpid(),
-            self.generation,
-            str(self.path),
-            snapshot.uplinks(view, now),
-            snapshot.policies(view, before, now),
-            self.drift.repairs,
-            self.last_reload,
-            self.paused,
-        )
-
     # --- requests -----------------------------------------------------------------------------
 
     def handlers(self) -> dict[str, control.Handler]:
         """Return what the control socket can ask for."""
         return {
-            "Status": control.Handler(lambda _: status.to_json(self.snapshot())),
+            "Status": control.Handler(lambda _: self.report.document(self.paused)),
             "Plan": control.Handler(self.answer_plan, root_parameters=frozenset({"config"})),
             "Drain": control.Handler(lambda asked: self.drain(asked["uplink"], drained=True), changes=True),
             "Undrain": control.Handler(
@@ -315,15 +268,12 @@ class Daemon:
                         await self.take_over(old)
                     raise
         except (ConfigError, KernelError) as error:
-            self.last_reload = status.ReloadStatus(snapshot.iso(time.time()), ok=False, error=str(error))
-            self.log.error("reload refused", event_kind="reload-refused", reason=str(error))
+            self.report.reload_refused(error)
             raise
         finally:
             systemd.notify("READY=1")
-        self.generation += 1
-        self.last_reload = status.ReloadStatus(snapshot.iso(time.time()), ok=True, error=None)
-        self.log.info("reloaded", event_kind="reload", generation=self.generation, changes=len(changed))
-        return {"changed": changed, "generation": self.generation}
+        self.report.reloaded(changed)
+        return {"changed": changed, "generation": self.report.generation}
 
     async def reload_by_signal(self) -> None:
         """Reload at every SIGHUP: who sent it looks into the log."""
@@ -343,7 +293,7 @@ class Daemon:
         self.config = self.judge.follow(fresh, before)
         known = adopted_standings(self.judge.current, before)
         self.paths.follow(fresh, self.kernel.families, known, time.monotonic())
-        if self.shown is None and before.rules and table != digest(self.judge.text(known)):
+        if self.report.shown is None and before.rules and table != digest(self.judge.text(known)):
             self.judge.judge_anew()  # a start with other policies than connections were judged by
         self.prober.mark_with(probe_mark(fresh).value)
         self.paused = False
@@ -374,8 +324,8 @@ class Daemon:
         removed = await offline.flush_all(self.kernel, self.netfilter.table, self.config)
         self.netfilter.adopt()
         self.log.warning("paused: nothing of ours is in the kernel until a reload", removed=len(removed))
-        self.shown = None
-        self.publish()
+        self.report.shown = None
+        self.report.publish(self.paused)
         return {"removed": removed}
 
 
