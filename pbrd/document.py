@@ -110,8 +110,20 @@ def _syntax_error(message: str, text: str) -> tuple[str, str]:
         return "", f"is no valid TOML: {message}"
     lines = text.split("\n")
     what, place = found[1], found[2] or f"line {len(lines)}, column {len(lines[-1]) + 1}"
+    if double := re.fullmatch(r"Cannot declare \((.*)\) twice", what, re.DOTALL):
+        return place, _doubled(double[1])
     hint = next((f"; {hint}" for start, hint in SYNTAX_HINTS.items() if what.startswith(start)), "")
     return place, f"{what[:1].lower()}{what[1:]}{hint}"
+
+
+def _doubled(keys: str) -> str:
+    """Return the remark on a section that stands twice; `keys` is how Python shows a tuple of them."""
+    place = ""
+    for key in re.findall(r"""'[^']*'|"[^"]*\"""", keys):
+        place = below(place, key[1:-1])
+    if place == "policies":
+        return "[policies] and [[policies]] exclude each other; write each policy as [[policies]]"
+    return f"[{place}] stands there already; write all of its keys there"
 
 
 def overlay(table: Table, data: Mapping[str, Any], file: str, shape: Shape, report: Report) -> None:

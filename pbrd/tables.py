@@ -70,7 +70,7 @@ def table(document: Document, now: datetime, *, colour: bool = False, history: H
     uplinks = [_uplink_row(uplink, now, history) for uplink in document.get("uplinks", ())]
     policies = [_policy_row(policy, now) for policy in document.get("policies", ())]
     blocks = [
-        _summary(document, colour),
+        _summary(document, now, colour),
         _columns(head, uplinks, colour),
         _columns(POLICY_HEAD, policies, colour) if policies else "",
         _remarks(document, now, colour),
@@ -99,19 +99,26 @@ def _uplink_words(uplink: Document, now: datetime | None) -> str:
     return f"{words}{why} since {_clock(uplink.get('since'), now, seconds=False)}"
 
 
-def _summary(document: Document, colour: bool) -> str:
-    paused: Cell = ("  PAUSED: nothing of pbrd is in the kernel until `pbrd reload`", "yellow")
+def _summary(document: Document, now: datetime, colour: bool) -> str:
     text = (
         f"pbrd {document.get('version', '-')}  pid {document.get('pid', '-')}  "
         f"generation {document.get('generation', '-')}  {_printable(str(document.get('config', '-')))}"
     )
-    return _paint((text, "dim"), colour) + (_paint(paused, colour) if document.get("paused") else "")
+    lines = [_paint((text, "dim"), colour)]
+    if document.get("paused"):
+        since = document.get("paused_since")
+        at = f" at {_printable(_since(since, now))}" if since else ""
+        remark = f"paused: pbrd let go of the kernel{at}; `pbrd reload` takes over again"
+        lines.append(_paint((remark, "yellow"), colour))
+    return "\n".join(lines)
 
 
 def _uplink_row(uplink: Document, now: datetime, history: History | None) -> list[Cell]:
     state = uplink.get("state", "-")
     probe = uplink.get("probe") or {}
     loss = probe.get("loss")
+    if probe.get("rtt_ms") is None and not loss:
+        loss = None  # nothing is lost of what has not been answered yet, and "0 %" would sound well
     row = [
         (uplink.get("name", "-"), "bold"),
         (uplink.get("interface", "-"), ""),
@@ -154,7 +161,10 @@ def _goes_to(policy: Document) -> str:
     shares = policy.get("shares")
     if shares:
         return " ".join(f"{name} {share * 100:.3g}%" for name, share in shares.items())
-    nowhere = {"next": "the next policy"}.get(policy.get("fallback", "-"), policy.get("fallback", "-"))
+    if policy.get("state") == "inactive":
+        return "-"
+    behind = "main table" if policy.get("name") == "default" else "the next policy"
+    nowhere = {"next": behind}.get(policy.get("fallback", "-"), policy.get("fallback", "-"))
     families = policy.get("families") or {}
     chosen = {family: uplink for family, uplink in families.items() if uplink}
     if len(set(chosen.values())) > 1:

@@ -397,6 +397,15 @@ def test_a_mistake_is_named_with_its_place_and_remedy(text: str, remark: str) ->
     [
         ("[uplinks.x]\ninterface = eth0", 'line 2, column 13: invalid value; strings need quotes, as in'),
         ("a = 1\na = 2", "line 2, column 6: cannot overwrite a value; the key stands there already"),
+        ("[probe]\nfall = 1\n[probe]", "line 3, column 7: [probe] stands there already; write all of its"),
+        (
+            "[uplinks.'a b']\ninterface = 'x'\n[uplinks.'a b']",
+            'line 3, column 15: [uplinks."a b"] stands there already; write all of its keys there',
+        ),
+        (
+            "[[policies]]\n[policies]",
+            "line 2, column 10: [policies] and [[policies]] exclude each other; write each",
+        ),
         ("x = [1,", "line 1, column 8: "),
         ("[x", "line 1, column 3: "),
         ("x = " + "9" * 5000, "is no valid TOML: "),

@@ -224,11 +224,39 @@ def test_families_that_differ_are_both_shown() -> None:
 def test_a_pause_a_refused_reload_and_repairs_are_remarked() -> None:
     refused = ReloadStatus("2026-11-22T19:59:00.000Z", ok=False, error="a.toml: one\nb.toml: two")
     shown = tables.table(document(FIBER, paused=True, drift_repairs=3, last_reload=refused), NOW)
-    assert "PAUSED" in shown
+    assert "/etc/pbrd/pbrd.toml\npaused: pbrd let go of the kernel; `pbrd reload` takes over again\n" in shown
     assert "put back 3 times" in shown
     assert shown.endswith(
         "refused at 19:59:00 (1m0s); the config before it is in force:\n  a.toml: one\n  b.toml: two"
     )
+
+
+def test_a_pause_says_since_when() -> None:
+    shown = tables.table({**document(FIBER, paused=True), "paused_since": "2026-11-22T19:59:00.000Z"}, NOW)
+    assert "paused: pbrd let go of the kernel at 19:59:00 (1m0s); `pbrd reload` takes over again\n" in shown
+
+
+def test_what_has_not_been_answered_yet_has_no_loss() -> None:
+    starting = replace(LTE, state="starting", reason="ok", probe=ProbeStatus(None, None, 0.0))
+    assert " %" not in tables.table(document(starting), NOW)
+    assert "100 %" in tables.table(document(LTE), NOW)
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "fallback", "goes_to"),
+    [
+        ("backups", "fallback", "next", "the next policy"),
+        ("default", "fallback", "next", "main table"),
+        ("default", "fallback", "prohibit", "prohibit"),
+        ("backups", "inactive", "unreachable", "-"),
+    ],
+)
+def test_a_policy_without_an_uplink_says_what_its_fallback_does(
+    name: str, state: str, fallback: str, goes_to: str
+) -> None:
+    policy = replace(KILL, name=name, state=state, fallback=fallback)
+    row = tables.table(document(policies=(policy,)), NOW).splitlines()[-1]
+    assert f"  {goes_to}  " in row
 
 
 def test_colours_change_nothing_but_colours() -> None:
