@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
-from pbrd import __version__
+from pbrd import __version__, stdio
 from pbrd.client import call
-from pbrd.errors import ConfigError, NotRunning, PbrdError
+from pbrd.errors import ConfigError, NeedsRoot, NotRunning, PbrdError
 from pbrd.varlink import ConfigInvalid, PermissionDenied
 
 DONE, FAILED, USAGE, NOT_RUNNING, ATTENTION, CONFIG = 0, 1, 2, 3, 4, 78
@@ -35,33 +35,46 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that isn't UTF-8 gets question marks
-    parsed = parser().parse_args(arguments)
-    command: Callable[[Arguments], int] = parsed.command
+    stdio.prepare()
+    argv = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        code = command(parsed)
-        sys.stdout.flush()
+        try:
+            return _obey(argv)
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+        stdio.abandon()
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
+    except OSError as error:
+        if error.errno not in stdio.UNWRITABLE:
+            raise
+        stdio.abandon()
+        print(f"pbrd: cannot write: {error.strerror}", file=sys.stderr)
+        return FAILED
+
+
+def _obey(argv: list[str]) -> int:
+    parsed = parser().parse_args(argv)
+    command: Callable[[Arguments], int] = parsed.command
+    try:
+        return command(parsed)
     except PbrdError as error:
-        return _complain(error, parsed.name)
-    return code
+        return _complain(error, argv, parsed.name)
 
 
-def _complain(error: PbrdError, command: str) -> int:
+def _complain(error: PbrdError, argv: list[str], command: str) -> int:
     """Say on standard error what went wrong and return its exit code."""
     if isinstance(error, ConfigError | ConfigInvalid):
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return CONFIG
-    text = str(error)
-    if isinstance(error, PermissionDenied):
-        text = f"cannot {command}: only root may (try: sudo pbrd {command})"
+    text = f"cannot {command}: only root may" if isinstance(error, PermissionDenied) else str(error)
+    if isinstance(error, PermissionDenied | NeedsRoot):
+        from shlex import join
+
+        text += f" (try: sudo {join(['pbrd', *argv])})"
     print(f"pbrd: {text}", file=sys.stderr)
     return NOT_RUNNING if isinstance(error, NotRunning) else FAILED
 
@@ -337,10 +350,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _need_net_admin(what: str) -> None:
-    """Raise PbrdError unless this process may change the network: root, or CAP_NET_ADMIN in hand."""
+    """Raise NeedsRoot unless this process may change the network: root, or CAP_NET_ADMIN in hand."""
     if os.geteuid() == 0:
         return
     with open("/proc/self/status", "rb") as file:
         effective = next((line.split()[1] for line in file if line.startswith(b"CapEff:")), b"0")
     if not int(effective, 16) >> CAP_NET_ADMIN & 1:
-        raise PbrdError(f"cannot {what}: only root may (try sudo)")
+        raise NeedsRoot(f"cannot {what}: only root may")

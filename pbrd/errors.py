@@ -5,6 +5,7 @@ PbrdError
 ├── KernelError      a netlink request that the kernel refused
 ├── ControlError     the control socket: a refused or broken request
 │   └── NotRunning   no daemon listens there
+├── NeedsRoot        only root may; the command line adds how to ask again
 └── LabError         the lab of namespaces can't be built here
 """
 
@@ -48,6 +49,10 @@ class ControlError(PbrdError):
 
 class NotRunning(ControlError):
     """No daemon listens on the control socket."""
+
+
+class NeedsRoot(PbrdError):
+    """What only root may do; says what. The command line adds the command with sudo."""
 
 
 class LabError(PbrdError):

@@ -24,7 +24,7 @@ from types import FrameType
 from pbrd.cgroups import hierarchy
 from pbrd.client import call
 from pbrd.document import did_you_mean
-from pbrd.errors import PbrdError
+from pbrd.errors import NeedsRoot, PbrdError
 from pbrd.units import slice_of, slice_path
 from pbrd.varlink import Object
 
@@ -118,8 +118,10 @@ def _by_ourselves(uplink: str, argv: list[str], runtime_dir: str) -> int:
         _make(scope)
         procs = os.open(scope / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
     except OSError as error:
-        remedy = "; without systemd only root may (try sudo)" if isinstance(error, PermissionError) else ""
-        raise PbrdError(f"cannot use {uplink}: cannot make {scope}: {error.strerror}{remedy}") from None
+        text = f"cannot use {uplink}: cannot make {scope}: {error.strerror}"
+        if isinstance(error, PermissionError):
+            raise NeedsRoot(f"{text}; without systemd only root may") from None
+        raise PbrdError(text) from None
     try:
         _wait_until_known(uplink, slice_, runtime_dir)
         return _run(argv, procs)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import shlex
 import signal
 import socket
 import struct
@@ -194,6 +195,62 @@ def test_a_broken_pipe_is_quiet(fake: Daemon) -> None:
     assert told.stdout in ("141\n", "0\n")  # 0: it had written all before `true` ended
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("pbrd check $GOOD >&-", 0),
+        ("pbrd check $GOOD 2>&-", 0),
+        ("pbrd check $GOOD <&- >&- 2>&-", 0),
+        ("pbrd check $BAD 2>&-", 78),
+        ("pbrd status --json --runtime-dir $RUNTIME >&-", 0),
+        ("pbrd status --runtime-dir /nowhere 2>&-", 3),
+    ],
+)
+def test_closed_streams_are_no_error(fake: Daemon, command: str, code: int) -> None:
+    told = in_shell(fake, f"{command}; echo code $?")
+    assert (told.stdout.splitlines()[-1], told.stderr) == (f"code {code}", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("pbrd status --json --runtime-dir $RUNTIME", 141),
+        ("pbrd status --watch --json --runtime-dir $RUNTIME", 141),
+        ("pbrd check $GOOD", 141),
+        ("pbrd check $BAD 2>&1", 141),
+        ("pbrd status --help", 0),  # argparse lets nobody know
+        ("pbrd nope 2>&1", 2),
+    ],
+)
+def test_a_reader_that_went_away_is_quiet(fake: Daemon, command: str, code: int) -> None:
+    # the reader is gone when the writer begins: `wait` ends with the process substitution
+    told = in_shell(fake, f"exec 3>&1 > >(exec true); wait $!; {command}; echo $? >&3")
+    assert (told.stdout, told.stderr) == (f"{code}\n", "")
+
+
+def test_a_full_disk_is_said_in_a_line(fake: Daemon) -> None:
+    for command in ("pbrd check $GOOD", "pbrd status --runtime-dir $RUNTIME"):
+        told = in_shell(fake, f"{command} > /dev/full; echo $?")
+        assert (told.stdout, told.stderr) == ("1\n", "pbrd: cannot write: No space left on device\n")
+
+
+def in_shell(fake: Daemon, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line in bash. It may speak of $GOOD and $BAD, two configs, and of $RUNTIME."""
+    good, bad = fake.runtime / "good.toml", fake.runtime / "bad.toml"
+    good.write_text(CONFIG.replace('"eth0"', '"eth0"\ngateway6 = "off"'))
+    bad.write_text("x")
+    function = f'pbrd() {{ {sys.executable} -m pbrd "$@"; }}\n'
+    names = {"GOOD": str(good), "BAD": str(bad), "RUNTIME": str(fake.runtime)}
+    return subprocess.run(
+        ["bash", "-c", function + command],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env=os.environ | names,
+    )
+
+
 def test_status_works_where_the_terminal_is_not_utf8(fake: Daemon) -> None:
     told = pbrd("status", "--runtime-dir", fake.runtime, PYTHONIOENCODING="ascii")
     assert (told.returncode, told.stderr) == (0, "")
@@ -211,6 +268,7 @@ def test_status_imports_next_to_nothing(fake: Daemon) -> None:
         "pbrd.cli",
         "pbrd.client",
         "pbrd.errors",
+        "pbrd.stdio",
         "pbrd.tables",
         "pbrd.varlink",
     }
@@ -385,14 +443,15 @@ def test_check_names_every_problem_and_is_78(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        ("run", "pbrd: cannot run the daemon: only root may (try sudo)\n"),
-        ("plan", "pbrd: cannot plan without a running daemon: only root may (try sudo)\n"),
-        ("flush", "pbrd: cannot flush: only root may (try sudo)\n"),
+        ("run --config 'my config'", "cannot run the daemon"),
+        ("plan", "cannot plan without a running daemon"),
+        ("flush", "cannot flush"),
     ],
 )
 def test_who_is_not_root_is_told_so(command: str, told: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert told_nobody([command, "--runtime-dir", "/nowhere"]) == 1
-    assert capfd.readouterr().err == told
+    arguments = f"{command} --runtime-dir /nowhere"
+    assert told_nobody(shlex.split(arguments)) == 1
+    assert capfd.readouterr().err == f"pbrd: {told}: only root may (try: sudo pbrd {arguments})\n"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
@@ -401,8 +460,9 @@ def test_a_reader_may_not_reload(fake: Daemon, capfd: pytest.CaptureFixture[str]
     os.chown(fake.runtime / "pbrd.sock", -1, 65534)  # as if nobody were in group pbrd
     (fake.runtime / "pbrd.sock").chmod(0o660)
     assert told_nobody(["status", "--runtime-dir", str(fake.runtime)]) == 0
-    assert told_nobody(["reload", "--runtime-dir", str(fake.runtime)]) == 1
-    assert capfd.readouterr().err == "pbrd: cannot reload: only root may (try: sudo pbrd reload)\n"
+    assert told_nobody(["--runtime-dir", str(fake.runtime), "reload"]) == 1
+    again = f"sudo pbrd --runtime-dir {fake.runtime} reload"
+    assert capfd.readouterr().err == f"pbrd: cannot reload: only root may (try: {again})\n"
 
 
 def told_nobody(arguments: list[str]) -> int:

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
-        "hooks", "log", "drains", "cgroups", "drift",
+        "hooks", "log", "drains", "cgroups", "drift", "stdio",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
     ("netfilter", frozenset({"judge"})),  # the policies in force, over time
