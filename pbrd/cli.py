@@ -159,7 +159,9 @@ def _add_daemon_files(to: argparse.ArgumentParser) -> None:
 def _add_check(commands: Commands) -> None:
     about = "judge a config without touching anything"
     added = _add(commands, "check", check, about, "pbrd check /etc/pbrd/pbrd.toml")
-    added.add_argument("file", metavar="FILE", nargs="?", help=f"(default: {CONFIG_FILE})")
+    added.add_argument(
+        "file", metavar="FILE", nargs="?", help=f"- is standard input (default: {CONFIG_FILE})"
+    )
     added.add_argument("--config", metavar="FILE", help="the same, as the other commands have it")
 
 
@@ -240,7 +242,7 @@ def check(arguments: Arguments) -> int:
     from pbrd.routing import rule_count
 
     file = arguments.file or arguments.config or CONFIG_FILE
-    config = load(Path(file))
+    config = load(Path("/dev/stdin" if file == "-" else file), pipe=True)
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
     counts = (len(config.uplinks), "uplink"), (len(config.policies), "policy"), (rule_count(config), "rule")

@@ -101,10 +101,16 @@ def load(
     path: Path,
     users: Lookup = lambda name: pwd.getpwnam(name).pw_uid,
     groups: Lookup = lambda name: grp.getgrnam(name).gr_gid,
+    *,
+    pipe: bool = False,
 ) -> Config:
-    """Return the config of `path` and of `conf.d/*.toml` beside it; ConfigError names every problem."""
+    """Return the config of `path` and of `conf.d/*.toml` beside it; ConfigError names every problem.
+
+    With `pipe`, `path` may be one that a shell hands over (/dev/stdin, /dev/fd/63), as it is read only once.
+    """
     report = Report()
-    texts = [(str(file), _text(file, report)) for file in (path, *_fragments(path.parent / "conf.d", report))]
+    texts = [(str(path), _text(path, report, pipe))]
+    texts += [(str(file), _text(file, report)) for file in _fragments(path.parent / "conf.d", report)]
     if any(problem.file == str(path) for problem in report.problems):
         raise ConfigError(report.problems)  # without the main file the rest makes no sense
     return _judged(texts, users, groups, _read_utf8, report=report, allow_unsupported=False)
@@ -124,15 +130,18 @@ def parse(
     return _judged(texts, users, groups, read_text, report=Report(), allow_unsupported=allow_unsupported)
 
 
-def _read_utf8(path: str) -> str:
-    if Path(path).exists() and not Path(path).is_file():  # to read a pipe is to wait, maybe for ever
+def _read_utf8(path: str, pipe: bool = False) -> str:
+    file = Path(path)
+    handed_over = pipe and path.startswith(("/dev/", "/proc/")) and file.is_fifo()
+    if file.exists() and not file.is_file() and not handed_over:
+        # To read a pipe of a file system is to wait, maybe for ever, and a device may have no end.
         raise OSError(22, "not a regular file", path)
-    return Path(path).read_text(encoding="utf-8-sig")  # a byte order mark is no reason to refuse a file
+    return file.read_text(encoding="utf-8-sig")  # a byte order mark is no reason to refuse a file
 
 
-def _text(file: Path, report: Report) -> str:
+def _text(file: Path, report: Report, pipe: bool = False) -> str:
     try:
-        return _read_utf8(str(file))
+        return _read_utf8(str(file), pipe)
     except FileNotFoundError:
         report.add(str(file), "", "there is no such file; write one, as in the example pbrd.toml.example")
     except OSError as error:

@@ -730,6 +730,32 @@ class TestFiles:
             words = ": not a regular file; name a file with one prefix a line"
         assert words in done.stderr
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            "cat {} | pbrd check -",
+            "cat {} | pbrd check /dev/stdin",
+            "pbrd check <(cat {})",
+            "pbrd check - < {}",
+            "pbrd check --config <(cat {})",
+        ],
+    )
+    def test_check_takes_what_a_shell_hands_over(self, words: str, tmp_path: Path) -> None:
+        (tmp_path / "pbrd.toml").write_text(UPLINKS)
+        function = f'pbrd() {{ {sys.executable} -m pbrd "$@"; }}\n'
+        command = ["bash", "-c", function + words.format(tmp_path / "pbrd.toml")]
+        done = subprocess.run(
+            command, check=False, cwd=REPOSITORY, capture_output=True, text=True, timeout=10
+        )
+        assert (done.returncode, done.stdout.count("2 uplinks")) == (0, 1), done.stderr
+
+    def test_the_daemon_takes_no_pipe_as_its_config(self) -> None:
+        reading, writing = os.pipe()
+        os.close(writing)
+        with pytest.raises(ConfigError, match="not a regular file"):
+            load(Path(f"/proc/self/fd/{reading}"))
+        os.close(reading)
+
     def test_a_device_in_place_of_a_file_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "pbrd.toml").symlink_to("/dev/null")
         with pytest.raises(ConfigError, match="cannot read it: not a regular file; it must be a readable"):
