@@ -11,6 +11,7 @@ from typing import Any
 
 from pbrd.errors import Problem
 from pbrd.settings import (
+    MAIN,
     Config,
     Daemon,
     Fallback,
@@ -35,6 +36,8 @@ UPLINK_GAPS: tuple[Gap, ...] = ()
 POLICY_GAPS: tuple[Gap, ...] = ()
 MATCH_GAPS: tuple[Gap, ...] = ()
 
+GATEWAY_KEYS = {Family.IPV4: "gateway", Family.IPV6: "gateway6"}
+EXAMPLES = {Family.IPV4: "1.1.1.1", Family.IPV6: "2606:4700:4700::1111"}  # of targets
 KILL_SWITCHES = frozenset({Fallback.UNREACHABLE, Fallback.BLACKHOLE, Fallback.PROHIBIT})
 
 
@@ -93,6 +96,9 @@ def warnings(config: Config) -> tuple[str, ...]:
         *_capped_quorums(config),
         *_shadowed(config),
         *_wrong_sources(config),
+        *_nat_of_nothing(config),
+        *_without_a_family(config),
+        *_local_macs(config),
     )
 
 
@@ -104,6 +110,56 @@ def _wrong_sources(config: Config) -> Iterator[str]:
             yield (
                 f"policies.{policy.name}: units and groups are known only after a socket has its source, "
                 f'so it may be another uplink\'s; set nat = true on "{names[0]}"'
+            )
+
+
+def _nat_of_nothing(config: Config) -> Iterator[str]:
+    for uplink in config.uplinks:
+        for family, key, nat in ((Family.IPV4, "nat", uplink.nat), (Family.IPV6, "nat6", uplink.nat6)):
+            if nat and uplink.gateway_of(family) is GatewayMode.OFF:
+                gateway = GATEWAY_KEYS[family]
+                yield (
+                    f'uplinks.{uplink.name}.{key}: does nothing, as {gateway} is "off"; leave one of them out'
+                )
+
+
+def _without_a_family(config: Config) -> Iterator[str]:
+    """Yield a line for each policy of one family whose uplinks don't have it. To block it may be meant."""
+    for policy in config.policies:
+        sides = [
+            {n.version for n in side} for side in (policy.match.source, policy.match.destination) if side
+        ]
+        versions = set[int]().union(*sides)
+        names = _offered(policy)
+        if len(versions) != 1 or MAIN in names or policy.fallback in KILL_SWITCHES:
+            continue
+        family = next(family for family in Family if family.version in versions)
+        uplinks = [config.uplink(name) for name in names]
+        if not any(u.enabled and u.gateway_of(family) is not GatewayMode.OFF for u in uplinks):
+            listed = ", ".join(f'"{name}"' for name in sorted(names))
+            yield (
+                f"{_place(policy)}: matches IPv{family.version} alone, which never leaves by {listed} "
+                f'({GATEWAY_KEYS[family]} = "off", or not enabled); name another uplink'
+            )
+
+
+def _local_macs(config: Config) -> Iterator[str]:
+    for policy in config.policies:
+        match = policy.match
+        local = [
+            word
+            for word, said in (
+                ('iif = "lo"', match.iif == ("lo",)),
+                ("user", match.user),
+                ("group", match.group),
+                ("unit", match.unit),
+            )
+            if said
+        ]
+        if match.mac and local:
+            yield (
+                f"{_place(policy)}: never matches, as traffic of this machine ({local[0]}) has no "
+                "source MAC; leave one of them out"
             )
 
 
@@ -134,10 +190,11 @@ def _unprobed_families(config: Config) -> Iterator[str]:
     for family in Family:
         names = [f'"{uplink.name}"' for uplink, of, number in _probed(config) if of is family and not number]
         if names:
-            key = "gateway" if family is Family.IPV4 else "gateway6"
+            ip = f"IPv{family.version}"
             yield (
-                f"probe.targets: none is IPv{family.version}, so {', '.join(names)} are judged by link and "
-                f'gateway alone there; name one, or set {key} = "off"'
+                f"probe.targets: none is {ip}, so {ip} over {', '.join(names)} is judged by link and gateway "
+                f"alone, and an outage behind the gateway is not noticed; add a host that answers pings, as "
+                f'"{EXAMPLES[family]}", or set {GATEWAY_KEYS[family]} = "off" where there is no {ip}'
             )
 
 

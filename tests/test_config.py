@@ -96,6 +96,16 @@ interface = "eth0"
 [uplinks.lte]
 interface = "eth1"
 """
+SIX = """
+[uplinks.a]
+interface = 'a'
+gateway6 = 'off'
+[uplinks.b]
+interface = 'b'
+gateway6 = 'off'
+[[policies]]
+name = 'p'
+"""  # uplinks without IPv6, and the beginning of a policy
 NO_UPLINK = "no uplink is configured; write at least one [uplinks.NAME]"
 USERS = {"backup": 34}
 
@@ -620,8 +630,9 @@ def test_tables_are_filled_up_in_order(wanted: list[int | None], base: int, ids:
     ("text", "lines"),
     [
         (UPLINKS + "[default]\nvia = 'lte'", [
-            'probe.targets: none is IPv6, so "fiber", "lte" are judged by link and gateway alone there; '
-            'name one, or set gateway6 = "off"'
+            'probe.targets: none is IPv6, so IPv6 over "fiber", "lte" is judged by link and gateway alone, '
+            'and an outage behind the gateway is not noticed; add a host that answers pings, as '
+            '"2606:4700:4700::1111", or set gateway6 = "off" where there is no IPv6'
         ]),
         (
             "daemon.on_stop = 'flush'\n"
@@ -642,6 +653,29 @@ def test_tables_are_filled_up_in_order(wanted: list[int | None], base: int, ids:
             ["uplinks: none is enabled, so nothing is routed; leave out enabled = false where it is wrong"],
         ),
         ("[uplinks.a]\ninterface = 'a'\ngateway6 = 'off'\n[default]\nvia = 'a'", []),
+        (
+            "[uplinks.a]\ninterface = 'a'\ngateway6 = 'off'\nnat6 = true\n[default]\nvia = 'a'",
+            ['uplinks.a.nat6: does nothing, as gateway6 is "off"; leave one of them out'],
+        ),
+        (
+            SIX + "match.from = '2001:db8::/32'\nvia = ['b', 'a']",
+            ['policies.p: matches IPv6 alone, which never leaves by "a", "b" '
+             '(gateway6 = "off", or not enabled); name another uplink'],
+        ),
+        (SIX + "match.from = ['2001:db8::/32', '192.0.2.0/24']\nvia = 'a'", []),
+        (SIX + "match.to = '2001:db8::/32'\nvia = ['a', 'main']", []),
+        (SIX + "match.to = '2001:db8::/32'\nvia = 'a'\nfallback = 'prohibit'", []),  # to block it is meant
+        (
+            SIX + "match = { mac = '52:54:00:00:00:01', iif = 'lo' }\nvia = 'a'",
+            ['policies.p: never matches, as traffic of this machine (iif = "lo") has no source MAC; '
+             'leave one of them out'],
+        ),
+        (
+            SIX + "match = { mac = '52:54:00:00:00:01', user = 'backup' }\nvia = 'a'",
+            ['policies.p: never matches, as traffic of this machine (user) has no source MAC; '
+             'leave one of them out'],
+        ),
+        (SIX + "match = { mac = '52:54:00:00:00:01', iif = ['lo', 'lan0'] }\nvia = 'a'", []),
     ],
 )  # fmt: skip
 def test_what_was_hardly_meant_is_warned_of(text: str, lines: list[str]) -> None:
