@@ -12,6 +12,7 @@ from signal import SIGKILL, SIGTERM
 from typing import Any, Protocol, TypeVar
 
 import pytest
+from box import Box, NotPossible
 
 from pbrd.client import call
 from pbrd.errors import ControlError, LabError
@@ -83,6 +84,25 @@ def make_lab(no_lab: str) -> Iterator[MakeLab]:
 
         def make(*arguments: Any, **keywords: Any) -> Lab:
             return labs.enter_context(Lab(*arguments, **keywords))
+
+        yield make
+
+
+@pytest.fixture
+def make_box() -> Iterator[Callable[..., Box]]:
+    """Boot boxes, with the arguments of `Box`; they go when the test ends.
+
+    Where no box can be there, the test is skipped; with PBRD_REQUIRE_SYSTEMD=1 it fails.
+    """
+    with ExitStack() as boxes:
+
+        def make(*arguments: Any, **keywords: Any) -> Box:
+            try:
+                return boxes.enter_context(Box(*arguments, **keywords))
+            except NotPossible as reason:
+                if os.environ.get("PBRD_REQUIRE_SYSTEMD") == "1":
+                    pytest.fail(f"no box here, though PBRD_REQUIRE_SYSTEMD=1 asks for one: {reason}")
+                pytest.skip(f"no box here: {reason}")
 
         yield make
 
