@@ -239,14 +239,16 @@ def check(arguments: Arguments) -> int:
     from pathlib import Path
 
     from pbrd.config import load, warnings
-    from pbrd.routing import rule_count
+    from pbrd.cost import words
 
     file = arguments.file or arguments.config or CONFIG_FILE
     config = load(Path("/dev/stdin" if file == "-" else file), pipe=True)
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
-    counts = (len(config.uplinks), "uplink"), (len(config.policies), "policy"), (rule_count(config), "rule")
-    print(f"{file}: {', '.join(_count(number, noun) for number, noun in counts)}")
+    metered = ", ".join(uplink.name for uplink in config.uplinks if uplink.metered)
+    counts = [_count(len(config.uplinks), "uplink") + (f" ({metered} metered)" if metered else "")]
+    counts += [_count(len(config.policies), "policy"), words(config)]
+    print(f"{file}: {', '.join(counts)}")
     return DONE
 
 

@@ -193,11 +193,6 @@ def desired(
     return KernelState(frozenset(routes), frozenset(rules), frozenset(sysctls), tables=table_names(config))
 
 
-def rule_count(config: Config) -> int:
-    """Return how many rules `config` makes, both families, without those of the uplinks' addresses."""
-    return sum(len(set(wanted_rules(config, family, {}, {}, FIRST))) for family in Family)
-
-
 def adopted_standings(config: Config, state: KernelState) -> dict[Key, Standing]:
     """Return what the kernel remembers of each uplink's health, for those of which it knows anything.
 

@@ -19,8 +19,8 @@ PURE = frozenset({
     "errors", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
     "marks", "classes", "classrules", "eviction", "schedule",
     "effective", "units",
-    "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths",
-    "explain", "status", "snapshot", "events", "tables", "topology",
+    "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths", "cost",
+    "explain", "status", "snapshot", "events", "tables", "topology", "netfiles", "neighbours", "conflicts", "occupied",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
