@@ -38,6 +38,7 @@ class Netfilter:
         self.dead: list[tuple[tuple[Address, ...], tuple[Network, ...]]] = []
         self.recycled: list[tuple[Family, int, int]] = []  # to be evicted before the next replacement
         self.leaving = asyncio.Event()
+        self.one_replacement = asyncio.Lock()  # a reload and `keep` may want the same one
 
     def adopt(self) -> None:
         """Look what the kernel holds."""
@@ -83,6 +84,11 @@ class Netfilter:
 
     async def settle(self) -> None:
         """Replace the table until it is the one that is wanted, or must be another. Raises KernelError."""
+        async with self.one_replacement:
+            await self._settle()
+        self.wake()
+
+    async def _settle(self) -> None:
         while not self.settled:
             text = self.text
             recycled, self.recycled = self.recycled, []
@@ -94,7 +100,6 @@ class Netfilter:
                     raise
                 break
             self.applied = digest(text)
-        self.wake()
 
     def follow_health(
         self, judge: Judge, standings: Mapping[Key, Standing], links: Mapping[str, Link]
