@@ -7,6 +7,8 @@ touched or marked until nothing is left to do. One task writes to the kernel: th
 
 import asyncio
 import contextlib
+import faulthandler
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -40,6 +42,7 @@ from pbrd.routing import adopted_standings, desired
 from pbrd.rules import probe_mark
 from pbrd.settings import Config, OnStop
 from pbrd.sysctl import Originals
+from pbrd.watchdog import Watchdog, period
 
 REST = 0.002  # seconds between two turns: what arrives meanwhile is taken together
 RESYNC = 60.0  # seconds between two looks at everything
@@ -68,6 +71,7 @@ class Daemon:
         self.hangup = asyncio.Event()
         self.one_reload = asyncio.Lock()
         self.drift = Drift(self.wake, log)
+        self.watchdog = Watchdog(self.wake, self.kernel, self.prober, log)
         self.wanted = KernelState()  # what the last plan was made for
         self.refusals = Refusals(log)
         self.report = Report(path, self.kernel, self.paths, self.judge, self.netfilter, self.drift, log)
@@ -98,6 +102,7 @@ class Daemon:
                     self.netfilter.expel(),
                     self.prober.run(),
                     server.run(),
+                    self.watchdog.feed(period(os.environ, os.getpid())),
                 )
                 running = [group.create_task(task) for task in tasks]
                 systemd.notify("READY=1")
@@ -181,6 +186,7 @@ class Daemon:
                 self.enforce()
             if not self.paused and self.netfilter.settled:
                 self.netfilter.follow_health(self.judge, self.paths.standings(), self.kernel.links)
+            self.watchdog.turned()
         except KernelError as error:
             self.log.error("kernel refused to be read", reason=str(error))
             self.kernel.changes.everything = True
@@ -337,6 +343,7 @@ async def run(path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> None:
 def main(path: Path, runtime_dir: Path, state_dir: Path) -> int:
     """Run the daemon in the foreground. Raises ConfigError for a config that can't be used."""
     log = open_log()
+    faulthandler.enable()  # what systemd's watchdog ends tells where it stood
     failed = False
     try:
         asyncio.run(run(path, runtime_dir, state_dir, log))

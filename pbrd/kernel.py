@@ -21,6 +21,7 @@ from pbrd.plan import Plan, Step, Verb
 from pbrd.routing import table_names, wanted_sysctls
 from pbrd.settings import PROTOCOL, Config, Family, GatewayMode, Uplink
 
+LOOPBACK = 1  # its index, in every network namespace
 # A deletion that finds nothing has reached its aim; interfaces take their routes along.
 ALREADY_GONE = {errno.ESRCH, errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL}
 
@@ -174,6 +175,12 @@ class Kernel:
                         now = rtnetlink.link_of(message)
                         if now != (index, link.name, link.up, link.carrier):
                             self._link_event(message, gone=False)
+
+    def answers(self) -> bool:
+        """Ask for the loopback interface, which every namespace has; say whether the kernel answered."""
+        with suppress(KernelError):
+            return any(True for _ in self.requests.answers(rtnetlink.link_dump(LOOPBACK)))
+        return False
 
     # --- reading ------------------------------------------------------------------------------
 

@@ -111,6 +111,11 @@ class Prober:
                 pinger.close()
             self._pingers.clear()
 
+    def overdue(self) -> float:
+        """Return for how many seconds the next probe, or verdict, has been due; 0 if none is late."""
+        due = min((p.path.health.deadline for p in self._pingers.values()), default=math.inf)
+        return max(0.0, time.monotonic() - due)
+
     async def run(self) -> None:
         """Probe until cancelled; closes the sockets then."""
         self._loop = asyncio.get_running_loop()

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
     ("netfilter", frozenset({"judge"})),  # the policies in force, over time
-    ("netfilter", frozenset({"netfilter", "refusals"})),  # the daemon's helpmates, over time
+    ("netfilter", frozenset({"netfilter", "refusals", "watchdog"})),  # the daemon's helpmates, over time
     ("report", frozenset({"report"})),  # what people are told of all that
     ("offline", frozenset({"offline"})),  # what the daemon does at its start and end, and the CLI without one
     ("daemon", frozenset({"daemon"})),
