@@ -94,6 +94,15 @@ def test_the_kernel_holds_exactly_the_last_text(table: Table) -> None:
     run(table.replace(""))
 
 
+def test_base_chains_stay_so_that_no_packet_is_judged_twice(table: Table) -> None:
+    """Of a table that is deleted and made again in one go the kernel asks both chains for a while."""
+    run(table.replace(TEXT))
+    before = handle("chain prerouting")
+    run(table.replace(TEXT.replace("tcp dport", "udp dport").replace("via", "by")))
+    assert handle("chain prerouting") == before
+    assert "map via" not in nft("list table inet pbrd")
+
+
 def test_foreign_tables_stay_as_they_are(table: Table) -> None:
     nft(FOREIGN, "table ip pbrd { chain namesake { }; }")
     tables = ("inet docker", "ip pbrd")
@@ -241,7 +250,7 @@ def test_own_changes_are_known_in_a_pid_namespace_too(table: Table, known: bool)
         ),
         (
             "table inet pbrd {\n\tchain a {\n\t\tjump nowhere\n\t}\n}\n",
-            "cannot change nftables: Could not process rule: No such file or directory, in: jump nowhere",
+            "cannot change nftables: No such file or directory",
         ),
         (
             "table inet pbrd {\n\tchain a {\n\t\tip saddr { " + "1.1.1.1, " * 500 + "x! }\n\t}\n}\n",
