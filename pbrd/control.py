@@ -7,6 +7,8 @@ What holds a hostile client: a message has at most `MESSAGE_LIMIT` bytes and mus
 `IDLE` seconds; there are at most `CLIENTS` of them, the last few places kept for root; a client has one
 call in work and one answer on its way, which it must take within `TAKE` seconds; calls of all clients
 together begin no faster than one every `PACE` seconds, so that between two of them the loop has a turn.
+Clients that follow something ("more") keep their place for as long as they take what comes; they get at
+most `STREAMS` of the places.
 """
 
 import asyncio
@@ -17,7 +19,7 @@ import inspect
 import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,7 @@ MESSAGE_LIMIT = 1 << 16  # bytes
 CLIENTS = 32
 BACKLOG = 128
 FOR_ROOT = 8  # of the CLIENTS: places that only root gets
+STREAMS = 16  # of the CLIENTS: places of those that follow something; half of them only root gets
 IDLE = 30.0
 TAKE = 5.0
 PACE = 0.001
@@ -44,6 +47,9 @@ class Handler:
     """
 
     call: Callable[[Object], Object | Awaitable[Object]]
+    stream: Callable[[Object], AsyncIterator[Object]] | None = (
+        None  # answers a call with "more", without an end
+    )
     changes: bool = False  # only root may call it
     root_parameters: frozenset[str] = field(default_factory=frozenset)  # only root may give these
 
@@ -82,7 +88,9 @@ def _listen(path: Path) -> socket.socket:
         sock.bind(str(path))
         path.chmod(0o600)  # before listen(2), connect(2) is refused
         with contextlib.suppress(KeyError, PermissionError):
-            os.chown(path, -1, grp.getgrnam(GROUP).gr_gid)
+            group = grp.getgrnam(GROUP).gr_gid
+            if path.stat().st_gid != group:  # as a service we are in the group, and may not chown
+                os.chown(path, -1, group)
             path.chmod(0o660)
         sock.listen(BACKLOG)
     except OSError as error:
@@ -122,6 +130,7 @@ class Server:
         self._socket: socket.socket | None = None
         self._file: tuple[int, int] | None = None  # device and inode of our socket file
         self._clients = 0
+        self._streams = 0
         self._next_call = 0.0
 
     def open(self) -> None:
@@ -204,6 +213,9 @@ class Server:
                         return
                     await self._turn()
                     answer, going_on = await self._answer(message, root)
+                    if not isinstance(answer, bytes):
+                        await self._stream(sock, answer)
+                        return
                     async with asyncio.timeout(TAKE):
                         await loop.sock_sendall(sock, answer)
         except OSError:  # TimeoutError is one: the client's trouble, and nobody else's
@@ -218,8 +230,29 @@ class Server:
         self._next_call = turn + PACE
         await asyncio.sleep(turn - now)
 
-    async def _answer(self, message: bytes, root: bool) -> tuple[bytes, bool]:
-        """Return the answer (empty to a oneway call), and whether the connection goes on."""
+    async def _stream(self, sock: socket.socket, messages: AsyncIterator[Object]) -> None:
+        """Send what comes until the client leaves, says anything, or does not take a message in time."""
+        self._streams += 1
+        try:
+            async with asyncio.TaskGroup() as group:
+                sending = group.create_task(self._send_each(sock, messages))
+                await asyncio.get_running_loop().sock_recv(sock, 1)
+                sending.cancel()
+        except* OSError:
+            pass  # the client's trouble
+        except* Exception as error:  # noqa: BLE001 - as in `_answer`
+            self._failed("Monitor", error)
+        finally:
+            self._streams -= 1
+
+    async def _send_each(self, sock: socket.socket, messages: AsyncIterator[Object]) -> None:
+        async for message in messages:
+            await self._turn()
+            async with asyncio.timeout(TAKE):
+                await asyncio.get_running_loop().sock_sendall(sock, varlink.reply(message, continues=True))
+
+    async def _answer(self, message: bytes, root: bool) -> tuple[bytes | AsyncIterator[Object], bool]:
+        """Return the answer (empty to a oneway call) or a stream of them, and whether we go on listening."""
         if len(message) > MESSAGE_LIMIT:
             long = varlink.BadMessage(f"the message is longer than {MESSAGE_LIMIT} bytes")
             return varlink.error_reply(long), False
@@ -228,7 +261,10 @@ class Server:
         except CallError as error:
             return varlink.error_reply(error), False
         try:
-            answer = varlink.reply(await self._dispatch(request, root))
+            found = await self._dispatch(request, root)
+            if isinstance(found, AsyncIterator):
+                return found, False
+            answer = varlink.reply(found)
         except CallError as error:
             answer = varlink.error_reply(error)
         except ConfigError as error:
@@ -241,7 +277,7 @@ class Server:
             answer = varlink.error_reply(varlink.Failed(f"internal error, see the log: {error!r}"))
         return b"" if request.oneway else answer, True
 
-    async def _dispatch(self, request: varlink.Request, root: bool) -> Object:
+    async def _dispatch(self, request: varlink.Request, root: bool) -> Object | AsyncIterator[Object]:
         interface, _, method = request.method.rpartition(".")
         if interface == SERVICE:
             return _describe_service(method, request)
@@ -253,6 +289,10 @@ class Server:
         parameters = varlink.check(self._declared[method], request.parameters)
         if not root and (handler.changes or handler.root_parameters & parameters.keys()):
             raise varlink.PermissionDenied
+        if handler.stream is not None and request.more and not request.oneway:
+            if self._streams >= (STREAMS if root else STREAMS // 2):
+                raise varlink.Busy("too many clients follow already; try again")
+            return handler.stream(parameters)
         answer = handler.call(parameters)
         return await answer if inspect.isawaitable(answer) else answer
 

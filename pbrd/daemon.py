@@ -58,10 +58,13 @@ class Daemon:
     def __init__(self, path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> None:
         self.path, self.runtime_dir, self.log = path, runtime_dir, log
         self.config = config.load(path)
-        self.kernel = Kernel(self.config, Originals(state_dir / offline.SYSCTLS))
+        originals = Originals(state_dir / offline.SYSCTLS)
+        self.kernel = Kernel(self.config, originals)
         self.drains = state_dir / "drained.json"
         self.paths = Paths()
-        self.paths.drained = drains.load(self.drains)
+        self.paths.drained, trouble = drains.load(self.drains)
+        for reason in filter(None, (trouble, originals.trouble)):
+            log.warning("going on without what was kept in the state directory", reason=reason)
         self.judge = Judge(self.wake, log.warning, asyncio.get_running_loop())
         self.netfilter = Netfilter(self.wake, self.judge.units_again, log)
         self.prober = Prober(probe_mark(self.config).value, self.wake)

@@ -1,31 +1,22 @@
 """Which uplinks are drained: kept in the state directory, as after a reboot the kernel can't say."""
 
-import json
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from pbrd import statefile
 
 
-def load(path: Path) -> frozenset[str]:
-    """Return the names of the drained uplinks; a broken file is set aside."""
-    try:
-        names = json.loads(path.read_text())["drained"]
-        return frozenset(name for name in names if isinstance(name, str))
-    except FileNotFoundError:
-        return frozenset()
-    except (OSError, ValueError, TypeError, LookupError):
-        with suppress(OSError):
-            path.replace(path.with_suffix(".broken"))
-        return frozenset()
+def load(path: Path) -> tuple[frozenset[str], str]:
+    """Return the names of the drained uplinks, and what was wrong with the file, or ""."""
+    names, trouble = statefile.load(path, _names)
+    return names or frozenset(), trouble
 
 
-def save(path: Path, names: Iterable[str]) -> str | None:
-    """Write them down; return why that failed, or None."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".new")
-        draft.write_text(json.dumps({"drained": sorted(names)}))
-        draft.replace(path)
-    except OSError as error:
-        return f"cannot write {error.filename or path}: {error.strerror}"
-    return None
+def save(path: Path, names: Iterable[str]) -> str:
+    """Write them down; return why that failed, or ""."""
+    return statefile.save(path, {"drained": sorted(names)})
+
+
+def _names(document: Any) -> frozenset[str]:
+    return frozenset(name for name in document["drained"] if isinstance(name, str))

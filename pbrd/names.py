@@ -30,8 +30,11 @@ def register(config: Config) -> str | None:
     try:
         for path, text in files(config).items():
             if not path.exists() or (_is_ours(path) and path.read_bytes() != text.encode()):
-                path.parent.mkdir(parents=True, exist_ok=True)
+                if not path.parent.exists():
+                    path.parent.mkdir(parents=True)
+                    path.parent.chmod(0o755)  # for every user's `ip`, whatever our umask is
                 path.write_text(text)
+                path.chmod(0o644)
     except OSError as error:
         return f"cannot write {error.filename}: {error.strerror}"
     return None

@@ -4,10 +4,11 @@ What a key was before pbrd first wrote it is kept in the state directory, with t
 so that `pbrd flush` restores it even after a crash of the daemon.
 """
 
-import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from pbrd import statefile
 from pbrd.objects import Sysctl
 from pbrd.settings import Family
 
@@ -41,14 +42,15 @@ def rp_filter(interface: str) -> int:
 
 
 class Originals:
-    """The values before pbrd; `path` is None where none are kept (a plan changes nothing)."""
+    """The values before pbrd, kept at `path`; `trouble` is what was wrong with the file, or ""."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.boot = ""  # where the kernel does not name it, what is kept counts over boots
         with suppress(OSError):
             self.boot = BOOT_ID.read_text().strip()
-        self.values = self._kept()
+        kept, self.trouble = statefile.load(path, self._kept)
+        self.values = kept or {}
 
     def write(self, sysctl: Sysctl) -> None:
         """Write a sysctl and remember what it was; raises OSError."""
@@ -72,27 +74,15 @@ class Originals:
             self.path.unlink(missing_ok=True)
         return changed
 
-    def _kept(self) -> dict[str, int]:
-        """Return what an earlier daemon kept in this boot; a broken file is set aside."""
-        try:
-            kept = json.loads(self.path.read_bytes())
-            if kept["boot"] != self.boot:
-                return {}
-            values = {str(name): int(value) for name, value in kept["values"].items()}
-            if all(Path(name).is_relative_to(ROOT) for name in values):
-                return values
-        except OSError:
+    def _kept(self, document: Any) -> dict[str, int]:
+        """Return what an earlier daemon kept in this boot; ValueError and its like if it can't be."""
+        if document["boot"] != self.boot:
             return {}
-        except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
-            pass
-        with suppress(OSError):
-            self.path.replace(self.path.with_suffix(".json.broken"))
-        return {}
+        values = {str(name): int(value) for name, value in document["values"].items()}
+        if not all(Path(name).is_relative_to(ROOT) for name in values):
+            raise ValueError
+        return values
 
     def _save(self) -> None:
         # A lost file costs a sysctl that stays as it is after a flush: no reason to stop routing.
-        with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(".new")
-            draft.write_text(json.dumps({"boot": self.boot, "values": self.values}))
-            draft.replace(self.path)
+        statefile.save(self.path, {"boot": self.boot, "values": self.values})

@@ -24,6 +24,7 @@ PURE = frozenset({
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
+    ("file", frozenset({"statefile"})),
     ("codec", frozenset({"rtnetlink", "varlink"})),  # formats on the wire, to values and back; no I/O either
     ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({

@@ -33,7 +33,9 @@ BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 def test_a_broken_state_file_is_set_aside(text: str, tmp_path: Path) -> None:
     file = tmp_path / "sysctls.json"
     file.write_text(text, encoding="latin-1")
-    assert Originals(file).values == {}
+    originals = Originals(file)
+    assert originals.values == {}
+    assert originals.trouble == f"{file} is broken: it is now sysctls.json.broken"
     assert [path.name for path in tmp_path.iterdir()] == ["sysctls.json.broken"]
 
 

@@ -1,0 +1,37 @@
+"""The drained uplinks in the state directory: kept, and never a reason not to start."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pbrd import drains
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "state" / "drained.json"
+    assert drains.load(file) == (frozenset(), "")
+    assert drains.save(file, {"lte", "dsl"}) == ""
+    assert drains.load(file) == (frozenset({"dsl", "lte"}), "")
+    assert [path.name for path in file.parent.iterdir()] == ["drained.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\xff", "{", "[" * 100_000, "[]", "{}", '{"drained": null}', '{"drained": 1}']
+)
+def test_a_broken_file_is_set_aside(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "drained.json"
+    file.write_text(text, encoding="latin-1")
+    assert drains.load(file) == (frozenset(), f"{file} is broken: it is now drained.json.broken")
+    assert drains.load(file) == (frozenset(), "")
+    assert (tmp_path / "drained.json.broken").read_text(encoding="latin-1") == text
+
+
+def test_what_is_no_name_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "drained.json").write_text(json.dumps({"drained": ["lte", 1, None]}))
+    assert drains.load(tmp_path / "drained.json")[0] == {"lte"}
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_file() -> None:
+    assert drains.save(Path("/dev/full/drained.json"), {"lte"}) == "cannot write /dev/full: Not a directory"
+    assert drains.save(Path("/proc/drained.json"), {"lte"}).startswith("cannot write /proc/drained.new: ")
