@@ -287,30 +287,37 @@ def status(arguments: Arguments) -> int:
 
 def reload(arguments: Arguments) -> int:
     """`pbrd reload`: a refused config is told by its problems and 78; the running one stays."""
-    _print_lines(call(arguments.runtime_dir, "Reload", timeout=LONG)["changed"], "nothing changed")
+    answer = call(arguments.runtime_dir, "Reload", timeout=LONG)
+    _print_lines([*answer.get("config", ()), *answer["changed"]], "nothing changed")
     return DONE
 
 
 def flush(arguments: Arguments) -> int:
     """`pbrd flush`: a running daemon does it itself, and stays away."""
     try:
-        removed = call(arguments.runtime_dir, "Flush", timeout=LONG)["removed"]
+        answer = call(arguments.runtime_dir, "Flush", timeout=LONG)
+        removed, remarks = answer["removed"], answer.get("remarks", ())
     except NotRunning:
         _need_net_admin("flush")
         from pathlib import Path
 
         from pbrd import offline
 
-        removed = offline.flush(Path(arguments.state_dir), Path(arguments.config))
+        removed, remarks = offline.flush(Path(arguments.state_dir), Path(arguments.config))
     else:
         print("the daemon is paused until `pbrd reload`", file=sys.stderr)
     _print_lines(removed, "nothing to remove")
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
     return DONE
 
 
 def drain(arguments: Arguments) -> int:
     """`pbrd drain` and `pbrd undrain`."""
-    call(arguments.runtime_dir, arguments.name.capitalize(), {"uplink": arguments.uplink}, timeout=LONG)
+    asked = {"uplink": arguments.uplink}
+    answer = call(arguments.runtime_dir, arguments.name.capitalize(), asked, timeout=LONG)
+    for remark in answer.get("remarks", ()):
+        print(remark)
     return DONE
 
 

@@ -17,11 +17,13 @@ from typing import Any
 
 from pbrd import (
     __version__,
+    changes,
     config,
     control,
     drains,
     names,
     offline,
+    remarks,
     systemd,
 )
 from pbrd.drift import Drift
@@ -282,7 +284,8 @@ class Daemon:
         finally:
             systemd.notify("READY=1")
         self.report.reloaded(changed)
-        return {"changed": changed, "generation": self.report.generation}
+        different = changes.between(old, fresh)
+        return {"changed": changed, "config": different, "generation": self.report.generation}
 
     async def reload_by_signal(self) -> None:
         """Reload at every SIGHUP: who sent it looks into the log."""
@@ -319,13 +322,18 @@ class Daemon:
 
     def drain(self, name: str, drained: bool) -> dict[str, Any]:
         """Take an uplink out of service for new connections, or back into it. Raises ControlError."""
-        if name not in {uplink.name for uplink in self.config.uplinks}:
-            raise ControlError(f"no uplink is called {name!r}")
+        known = [uplink.name for uplink in self.config.uplinks]
+        if name not in known:
+            raise ControlError(remarks.unknown("drain" if drained else "undrain", name, known))
+        was, before = name in self.paths.drained, self.report.snapshot(self.paused)
         self.paths.drained = self.paths.drained | {name} if drained else self.paths.drained - {name}
         if reason := drains.save(self.drains, self.paths.drained):
             self.log.warning("drained uplinks are not written down", reason=reason)
         self.turn()
-        return {}
+        after = self.report.snapshot(self.paused)
+        if drained:
+            return {"remarks": remarks.drained(self.config, name, was, before, after)}
+        return {"remarks": remarks.undrained(name, was, after)}
 
     async def pause(self, _: dict[str, Any]) -> dict[str, Any]:
         """Let go of the kernel until a reload."""
@@ -335,7 +343,7 @@ class Daemon:
         self.log.warning("paused: nothing of ours is in the kernel until a reload", removed=len(removed))
         self.report.shown = None
         self.report.publish(self.paused)
-        return {"removed": removed}
+        return {"removed": removed, "remarks": remarks.opened(self.config)}
 
 
 async def run(path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
-from pbrd import config, names
+from pbrd import config, names, remarks
 from pbrd.errors import ConfigError
 from pbrd.judge import Judge
 from pbrd.kernel import Kernel
@@ -45,15 +45,19 @@ def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]
         kernel.close()
 
 
-def flush(state_dir: Path, path: Path) -> list[str]:
-    """Remove what a daemon left behind. Names are removed where the config at `path` can still be read."""
+def flush(state_dir: Path, path: Path) -> tuple[list[str], tuple[str, ...]]:
+    """Remove what a daemon left behind; return a line for each thing removed, and what else to say of it.
+
+    Names are removed, and kill switches known, where the config at `path` can still be read.
+    """
     try:
         current = config.load(path)
     except ConfigError:
         current = Config(Daemon(names=""))
     kernel = Kernel(current, Originals(state_dir / SYSCTLS))
     try:
-        return asyncio.run(flush_all(kernel, Table(), current))
+        removed = asyncio.run(flush_all(kernel, Table(), current))
+        return removed, remarks.opened(current) if removed else ()
     finally:
         kernel.close()
 

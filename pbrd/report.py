@@ -76,6 +76,7 @@ class Report:
             time.time() - now,
         )
         before = {policy.name: policy for policy in self.shown.policies} if self.shown else {}
+        known = self.shown.paused_since if self.shown else None
         return status.Snapshot(
             __version__,
             os.getpid(),
@@ -86,4 +87,5 @@ class Report:
             self.drift.repairs,
             self.last_reload,
             paused,
+            (known or snapshot.iso(time.time())) if paused else None,
         )

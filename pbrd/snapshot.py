@@ -11,7 +11,7 @@ from pbrd.health import Health, Reason, State
 from pbrd.objects import KernelState, Key, Link, Standing
 from pbrd.paths import Paths
 from pbrd.routing import path_fault
-from pbrd.rules import by_preference, has_family, policy_families
+from pbrd.rules import by_preference, has_family, is_drained, policy_families
 from pbrd.ruleset import balanced, shares
 from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Policy, Uplink
 from pbrd.status import (
@@ -87,6 +87,9 @@ def _uplink(view: View, uplink: Uplink, now: float) -> UplinkStatus:
         _family(view, uplink, Family.IPV6),
         _probe(view, present if uplink.enabled else []),
         view.slices.get(uplink.name, ()),
+        uplink.nat,
+        uplink.nat6,
+        uplink.metered,
     )
 
 
@@ -159,7 +162,7 @@ def names_of(policy: Policy) -> tuple[str, ...]:
 
 
 def _reachable(view: View, name: str, family: Family) -> bool:
-    if name == MAIN or (name, family) not in view.paths.hops:
+    if name == MAIN or (name, family) not in view.paths.hops or is_drained(name, family, view.standings):
         return False
     link = view.links.get(view.config.uplink(name).interface)
     return path_fault(link, view.paths.hops[name, family]) is None

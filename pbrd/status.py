@@ -47,6 +47,7 @@ class UplinkStatus:
     """One uplink. `ipv4` and `ipv6` are None for a family that it does not have.
 
     `cgroups` are the numbers of those that uplink-NAME.slice has and whose traffic goes this way now.
+    `nat`, `nat6` and `metered` are as in the config.
     """
 
     name: str
@@ -60,6 +61,9 @@ class UplinkStatus:
     ipv6: FamilyStatus | None
     probe: ProbeStatus
     cgroups: tuple[int, ...] = ()
+    nat: bool = False
+    nat6: bool = False
+    metered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ class Snapshot:
     drift_repairs: int = 0
     last_reload: ReloadStatus | None = None
     paused: bool = False
+    paused_since: str | None = None
 
 
 def to_json(snapshot: Snapshot) -> dict[str, Any]:

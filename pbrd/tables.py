@@ -121,7 +121,7 @@ def _uplink_row(uplink: Document, now: datetime, history: History | None) -> lis
         loss = None  # nothing is lost of what has not been answered yet, and "0 %" would sound well
     row = [
         (uplink.get("name", "-"), "bold"),
-        (uplink.get("interface", "-"), ""),
+        (uplink.get("interface", "-") + (" (metered)" if uplink.get("metered") else ""), ""),
         (state, STATE_COLOURS.get(state, "")),
         (uplink.get("reason", "-"), ""),
         (_since(uplink.get("since"), now), ""),

@@ -17,14 +17,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from pbrd.cgroups import hierarchy
 from pbrd.client import call
-from pbrd.document import did_you_mean
 from pbrd.errors import NeedsRoot, PbrdError
+from pbrd.remarks import unknown
+from pbrd.settings import DEFAULT_POLICY
 from pbrd.units import slice_of, slice_path
 from pbrd.varlink import Object
 
@@ -43,7 +45,10 @@ def main(uplink: str, argv: list[str], runtime_dir: str = "/run/pbrd") -> int:
     Raises NotRunning without a daemon, and PbrdError for an uplink that it doesn't have, where there is
     no cgroup2, and where we may not make cgroups. Under systemd it doesn't return.
     """
-    _judge(uplink, call(runtime_dir, "Status"))
+    status = call(runtime_dir, "Status")
+    _judge(uplink, status)
+    for doubt in doubts(uplink, status):
+        print(f"pbrd: {doubt}", file=sys.stderr)
     if shutil.which(argv[0]) is None:
         there = os.path.exists(argv[0]) and "/" in argv[0]
         print(f"pbrd: cannot run {argv[0]}: {'not executable' if there else 'not found'}", file=sys.stderr)
@@ -57,9 +62,27 @@ def _judge(uplink: str, status: Object) -> None:
     """Raise PbrdError unless the daemon has this uplink in use."""
     uplinks = {one["name"]: one for one in status["uplinks"]}
     if uplink not in uplinks:
-        raise PbrdError(f'cannot use "{uplink}": no uplink is called that{did_you_mean(uplink, uplinks)}')
+        raise PbrdError(unknown("use", uplink, uplinks))
+    if status.get("paused"):
+        raise PbrdError(f"cannot use {uplink}: the daemon is paused; `pbrd reload` takes over again")
     if uplinks[uplink]["state"] == "disabled":
         raise PbrdError(f"cannot use {uplink}: it is disabled in the config")
+
+
+def doubts(name: str, status: Object) -> Iterator[str]:
+    """Yield why the command's traffic may not come far, going by the daemon's `status`."""
+    uplink = next(one for one in status["uplinks"] if one["name"] == name)
+    state = uplink["state"]
+    if state == "drained":
+        yield f"{name} is drained: nothing can leave there until `pbrd undrain {name}`"
+    elif state == "down":
+        yield f"{name} is down ({uplink.get('reason')}): nothing can leave there until it is up"
+    default: Object = next((p for p in status.get("policies", ()) if p["name"] == DEFAULT_POLICY), {})
+    if uplink.get("nat") is False and uplink.get("ipv4") and default.get("active") != name:
+        yield (
+            f"{name} has no nat: programs that bind no address may send with that of another uplink; "
+            f"set nat = true in [uplinks.{name}]"
+        )
 
 
 def _wait_until_known(uplink: str, cgroup: Path, runtime_dir: str) -> None:

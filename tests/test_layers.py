@@ -19,17 +19,18 @@ PURE = frozenset({
     "errors", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
     "marks", "classes", "classrules", "eviction", "schedule",
     "effective", "units",
-    "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths", "cost",
+    "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths", "cost", "changes",
+    "remarks",
     "explain", "status", "snapshot", "events", "tables", "topology", "netfiles", "neighbours", "conflicts", "occupied",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
     ("file", frozenset({"statefile"})),
     ("codec", frozenset({"rtnetlink", "varlink"})),  # formats on the wire, to values and back; no I/O either
-    ("line", frozenset({"netlink", "sysctl", "netns"})),  # bytes in and out; the shells know what they mean
+    ("line", frozenset({"netlink", "sysctl", "netns", "journal"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
-        "hooks", "log", "drains", "cgroups", "drift", "stdio",
+        "hooks", "log", "monitor", "drains", "cgroups", "drift", "stdio",
     })),
     ("lab", frozenset({"lab", "packet", "stream", "traffic"})),
     ("netfilter", frozenset({"judge"})),  # the policies in force, over time

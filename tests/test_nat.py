@@ -343,7 +343,7 @@ def test_drain_takes_no_new_connections_and_lets_live_ones_finish(lab: Lab, daem
             assert lab.exit_of() == "lte"
             assert pbrd.command("undrain", "fiber").returncode == 0
             assert lab.exit_of() == "fiber"
-    assert "no uplink is called 'fibre'" in pbrd.command("drain", "fibre").stderr
+    assert 'no uplink is called that (did you mean "fiber"?)' in pbrd.command("drain", "fibre").stderr
 
 
 def test_a_program_on_the_box_learns_at_once_that_its_uplink_is_dead(lab: Lab, daemon: StartDaemon) -> None:

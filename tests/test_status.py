@@ -95,12 +95,12 @@ def test_the_document_is_that_of_the_contract() -> None:
         '"ipv6": null, '
         '"probe": {"rtt_ms": 11.2, "jitter_ms": 0.4, "loss": 0.0, '
         '"targets": [{"address": "1.1.1.1", "answering": true, "rtt_ms": 11.2, "loss": 0.0}]}, '
-        '"cgroups": []}], '
+        '"cgroups": [], "nat": false, "nat6": false, "metered": false}], '
         '"policies": [{"name": "backups", "via": ["lte", "fiber"], "active": "lte", "fallback": "next", '
         '"state": "preferred", "families": {"ipv4": "fiber", "ipv6": null}, '
         '"reason": "lte is down (probes)", "since": "2026-11-22T19:40:48.723Z"}], '
         '"drift_repairs": 0, "last_reload": {"at": "2026-11-22T17:43:48.723Z", "ok": true, "error": null}, '
-        '"paused": false}'
+        '"paused": false, "paused_since": null}'
     )
 
 
@@ -232,8 +232,12 @@ def test_a_pause_a_refused_reload_and_repairs_are_remarked() -> None:
 
 
 def test_a_pause_says_since_when() -> None:
-    shown = tables.table({**document(FIBER, paused=True), "paused_since": "2026-11-22T19:59:00.000Z"}, NOW)
+    shown = tables.table(document(FIBER, paused=True, paused_since="2026-11-22T19:59:00.000Z"), NOW)
     assert "paused: pbrd let go of the kernel at 19:59:00 (1m0s); `pbrd reload` takes over again\n" in shown
+
+
+def test_a_metered_uplink_is_shown_as_such() -> None:
+    assert "wwan0 (metered)  down" in tables.table(document(replace(LTE, metered=True)), NOW)
 
 
 def test_what_has_not_been_answered_yet_has_no_loss() -> None:
