@@ -21,6 +21,7 @@ from pbrd import (
     config,
     control,
     drains,
+    events,
     names,
     offline,
     remarks,
@@ -39,7 +40,7 @@ from pbrd.plan import diff
 from pbrd.probe import Path as ProbePath
 from pbrd.probe import Prober
 from pbrd.refusals import Refusals
-from pbrd.report import Report
+from pbrd.report import Report, Sinks
 from pbrd.routing import adopted_standings, desired
 from pbrd.rules import probe_mark
 from pbrd.settings import Config, OnStop
@@ -68,66 +69,79 @@ class Daemon:
         for reason in filter(None, (trouble, originals.trouble)):
             log.warning("going on without what was kept in the state directory", reason=reason)
         self.judge = Judge(self.wake, log.warning, asyncio.get_running_loop())
-        self.netfilter = Netfilter(self.wake, self.judge.units_again, log)
+        self.sinks = Sinks(path, runtime_dir, lambda: self.report.document(self.paused), log)
+        self.netfilter = Netfilter(self.wake, self.judge.units_again, log, self.sinks.tell)
         self.prober = Prober(probe_mark(self.config).value, self.wake)
         self.awake = asyncio.Event()
         self.disturbed = asyncio.Event()
         self.stopping = asyncio.Event()
         self.hangup = asyncio.Event()
         self.one_reload = asyncio.Lock()
-        self.drift = Drift(self.wake, log)
+        self.drift = Drift(self.wake, log, self.sinks.tell)
         self.watchdog = Watchdog(self.wake, self.kernel, self.prober, log)
         self.wanted = KernelState()  # what the last plan was made for
         self.refusals = Refusals(log)
-        self.report = Report(path, self.kernel, self.paths, self.judge, self.netfilter, self.drift, log)
+        self.report = Report(
+            path, self.kernel, self.paths, self.judge, self.netfilter, self.drift, self.sinks
+        )
         self.paused = False
 
     # --- life ---------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Run until SIGTERM. Returns when `on_stop` has been done."""
-        loop = asyncio.get_running_loop()
+    async def run(self) -> bool:
+        """Run until SIGTERM, and do what `on_stop` says; return whether it was that that ended it."""
         server = control.Server(self.runtime_dir / "pbrd.sock", self.handlers(), self.request_failed)
         server.open()  # takes the lock: two daemons must not write to one kernel
-        try:
-            loop.add_reader(self.kernel.listen(), self.wake)
-            with contextlib.suppress(KernelError):  # a kernel without nftables: fine until it is needed
-                loop.add_reader(self.netfilter.table.listen(), self.wake)
-            await self.take_over(self.config)
-            self.log.info("started", event_kind="started", config=str(self.path), version=__version__)
-            for number, act in self.signals().items():
-                loop.add_signal_handler(number, act)
-            async with asyncio.TaskGroup() as group:
-                tasks = (
-                    self.reconcile(),
-                    self.watch_links(),
-                    self.resync(),
-                    self.reload_by_signal(),
-                    self.netfilter.keep(),
-                    self.netfilter.expel(),
-                    self.prober.run(),
-                    server.run(),
-                    self.watchdog.feed(period(os.environ, os.getpid())),
-                )
-                running = [group.create_task(task) for task in tasks]
-                systemd.notify("READY=1")
-                await self.stopping.wait()
-                systemd.notify("STOPPING=1")
-                for task in running:
-                    task.cancel()
-        finally:
-            await self.let_go()
-            server.close()
+        async with self.sinks.hooks.working():
+            reason = "an error of pbrd's own"
+            try:
+                await self.work(server)
+                reason = ""
+            except* KernelError as group:
+                reason = str(group.exceptions[0])
+            finally:
+                await self.let_go(reason)
+                server.close()
+        return not reason
 
-    async def let_go(self) -> None:
-        """Leave the kernel as `on_stop` says."""
+    async def work(self, server: control.Server) -> None:
+        """Take over the kernel, and keep it until SIGTERM."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.kernel.listen(), self.wake)
+        with contextlib.suppress(KernelError):  # a kernel without nftables: fine until it is needed
+            loop.add_reader(self.netfilter.table.listen(), self.wake)
+        await self.take_over(self.config)
+        self.sinks.tell(events.started(__version__, str(self.path)))
+        for number, act in self.signals().items():
+            loop.add_signal_handler(number, act)
+        async with asyncio.TaskGroup() as group:
+            tasks = (
+                self.reconcile(),
+                self.watch_links(),
+                self.resync(),
+                self.reload_by_signal(),
+                self.netfilter.keep(),
+                self.netfilter.expel(),
+                self.prober.run(),
+                server.run(),
+                self.watchdog.feed(period(os.environ, os.getpid())),
+            )
+            running = [group.create_task(task) for task in tasks]
+            systemd.notify("READY=1")
+            await self.stopping.wait()
+            systemd.notify("STOPPING=1")
+            for task in running:
+                task.cancel()
+
+    async def let_go(self, reason: str) -> None:
+        """Leave the kernel as `on_stop` says; `reason` is what we die of, if not of a wish to stop."""
         on_stop = self.config.daemon.on_stop
         if on_stop is OnStop.FLUSH and self.stopping.is_set():  # a crash is no wish to stop
             await offline.flush_all(self.kernel, self.netfilter.table, self.config)
         self.judge.close()
         self.netfilter.close()
         self.kernel.close()
-        self.log.info("stopped", event_kind="stopped", on_stop=on_stop.value)
+        self.sinks.tell(events.stopped(on_stop.value, reason))
 
     def signals(self) -> dict[signal.Signals, Callable[[], object]]:
         """Return what each signal does."""
@@ -243,6 +257,7 @@ class Daemon:
         """Return what the control socket can ask for."""
         return {
             "Status": control.Handler(lambda _: self.report.document(self.paused)),
+            "Monitor": control.Handler(self.sinks.monitor.look, stream=self.sinks.monitor.follow),
             "Plan": control.Handler(self.answer_plan, root_parameters=frozenset({"config"})),
             "Drain": control.Handler(lambda asked: self.drain(asked["uplink"], drained=True), changes=True),
             "Undrain": control.Handler(
@@ -340,25 +355,24 @@ class Daemon:
         self.paused = True
         removed = await offline.flush_all(self.kernel, self.netfilter.table, self.config)
         self.netfilter.adopt()
-        self.log.warning("paused: nothing of ours is in the kernel until a reload", removed=len(removed))
+        self.sinks.tell(events.flushed(len(removed)))
         self.report.shown = None
         self.report.publish(self.paused)
         return {"removed": removed, "remarks": remarks.opened(self.config)}
 
 
-async def run(path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> None:
+async def run(path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> bool:
     """Make a daemon and run it."""
-    await Daemon(path, runtime_dir, state_dir, log).run()
+    return await Daemon(path, runtime_dir, state_dir, log).run()
 
 
 def main(path: Path, runtime_dir: Path, state_dir: Path) -> int:
     """Run the daemon in the foreground. Raises ConfigError for a config that can't be used."""
-    log = open_log()
+    log = open_log(runtime_dir=str(runtime_dir.absolute()))
     faulthandler.enable()  # what systemd's watchdog ends tells where it stood
-    failed = False
+    well = False
     try:
-        asyncio.run(run(path, runtime_dir, state_dir, log))
-    except* KernelError as group:
-        failed = True
+        well = asyncio.run(run(path, runtime_dir, state_dir, log))
+    except* KernelError as group:  # before it had begun, or in letting go
         log.error("cannot go on", reason=str(group.exceptions[0]))
-    return int(failed)
+    return int(not well)

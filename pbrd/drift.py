@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pbrd.events import Event, drift_repaired
 from pbrd.plan import Plan
 
 BURST = 100  # repairs at full speed: a restart of systemd-networkd takes up to a handful
@@ -13,10 +14,10 @@ QUIET = 1.0  # seconds without a repair that end a burst
 
 
 class Drift:
-    """The ledger of repairs. `wake` is called when a repair that had to wait may go on."""
+    """The ledger of repairs. `wake` is called when a repair that had to wait may go on, `tell` after one."""
 
-    def __init__(self, wake: Callable[[], None], log: Any) -> None:
-        self.wake, self.log = wake, log
+    def __init__(self, wake: Callable[[], None], log: Any, tell: Callable[[Event], None]) -> None:
+        self.wake, self.log, self.tell = wake, log, tell
         self.repairs = 0
         self.credit = float(BURST)
         self.counted = time.monotonic()
@@ -51,13 +52,7 @@ class Drift:
     def _tell(self) -> None:
         self.timer, self.fighting = None, False
         lines, self.burst = self.burst, []
-        self.log.warning(
-            "drift repaired",
-            event_kind="drift-repaired",
-            steps=len(lines),
-            first=lines[0],
-            repairs=self.repairs,
-        )
+        self.tell(drift_repaired(lines, self.repairs))
 
     def _tell_fight(self, lines: list[str]) -> None:
         if not self.fighting:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pbrd.conntrack import Conntrack, destroy_sockets
 from pbrd.errors import KernelError
+from pbrd.events import Event, drift_repaired
 from pbrd.eviction import Eviction, evictions, stranded
 from pbrd.judge import Judge
 from pbrd.nftables import Table, digest
@@ -24,9 +25,11 @@ REST = 0.05  # seconds between two replacements: whoever can start units must no
 class Netfilter:
     """The table of one network namespace, and its connections."""
 
-    def __init__(self, wake: Callable[[], None], again: Callable[[], bool], log: Any) -> None:
-        """`again` looks at the units again and says whether they have changed."""
-        self.wake, self.again, self.log = wake, again, log
+    def __init__(
+        self, wake: Callable[[], None], again: Callable[[], bool], log: Any, tell: Callable[[Event], None]
+    ) -> None:
+        """`again` looks at the units again and says whether they have changed; `tell` is told of events."""
+        self.wake, self.again, self.log, self.tell = wake, again, log, tell
         self.table = Table()
         self.conntrack = Conntrack()
         self.text = ""
@@ -67,7 +70,7 @@ class Netfilter:
             before, self.applied = self.applied, self.table.holds()
             if self.applied != before and not self.settled:
                 self.repairs += 1
-                self.log.warning("drift repaired", event_kind="drift-repaired", first="nft table inet pbrd")
+                self.tell(drift_repaired(["nft table inet pbrd"], self.repairs))
                 self.work.set()
 
     async def keep(self) -> None:

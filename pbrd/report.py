@@ -2,15 +2,41 @@
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pbrd import __version__, events, snapshot, status, systemd, tables
 from pbrd.drift import Drift
+from pbrd.events import Event
+from pbrd.hooks import Hooks
 from pbrd.judge import Judge
 from pbrd.kernel import Kernel
+from pbrd.log import in_journal
+from pbrd.monitor import Monitor
 from pbrd.netfilter import Netfilter
 from pbrd.paths import Paths
+
+
+class Sinks:
+    """Where events go: the log, the clients that follow them, and hooks. None of them is waited for."""
+
+    def __init__(
+        self, config: Path, runtime_dir: Path, status: Callable[[], dict[str, Any]], log: Any
+    ) -> None:
+        """Run the hooks beside the file `config`; `status` returns the document of `pbrd status`."""
+        runtime = str(runtime_dir.absolute())
+        self.log = log
+        self.monitor = Monitor(status, in_journal())
+        self.hooks = Hooks(config.absolute().parent / "hooks.d", log, {"runtime_dir": runtime})
+
+    def tell(self, event: Event) -> None:
+        """Tell an event everywhere."""
+        now = snapshot.iso(time.time())
+        getattr(self.log, event.priority)(event.message, happened=event, time=now)
+        self.monitor.add(event.to_json(now))
+        self.hooks.add(event.facts() | {"message": event.message, "time": now})
 
 
 class Report:
@@ -24,10 +50,10 @@ class Report:
         judge: Judge,
         netfilter: Netfilter,
         drift: Drift,
-        log: Any,
+        sinks: Sinks,
     ) -> None:
         """Look at the parts of one daemon, whose config is the file `path`."""
-        self.path, self.log = path, log
+        self.path, self.sinks = path, sinks
         self.kernel, self.paths, self.judge = kernel, paths, judge
         self.netfilter, self.drift = netfilter, drift
         self.generation = 1
@@ -38,8 +64,9 @@ class Report:
         """Tell what has happened since the last time."""
         now = self.snapshot(paused)
         for event in events.between(self.shown, now) if self.shown else ():
-            level = self.log.warning if event.kind in ("uplink-down", "failover") else self.log.info
-            level(event.sentence, event_kind=event.kind, **event.facts())
+            self.sinks.tell(event)
+        if self.sinks.monitor.watched and (self.shown is None or _changes(self.shown) != _changes(now)):
+            self.sinks.monitor.changed()
         self.shown = now
         if systemd.listens():
             systemd.notify(f"STATUS={tables.line(status.to_json(now))}")
@@ -48,12 +75,12 @@ class Report:
         """Tell that another config is in force; `changed` are the steps that it took."""
         self.generation += 1
         self.last_reload = status.ReloadStatus(snapshot.iso(time.time()), ok=True, error=None)
-        self.log.info("reloaded", event_kind="reload", generation=self.generation, changes=len(changed))
+        self.sinks.tell(events.reloaded(self.generation, changed))
 
     def reload_refused(self, error: Exception) -> None:
         """Tell that the old config stays in force, and why."""
         self.last_reload = status.ReloadStatus(snapshot.iso(time.time()), ok=False, error=str(error))
-        self.log.error("reload refused", event_kind="reload-refused", reason=str(error))
+        self.sinks.tell(events.reload_refused(str(error)))
 
     def document(self, paused: bool) -> dict[str, Any]:
         """Return what `pbrd status --json` shows."""
@@ -89,3 +116,9 @@ class Report:
             paused,
             (known or snapshot.iso(time.time())) if paused else None,
         )
+
+
+def _changes(shown: status.Snapshot) -> status.Snapshot:
+    """Return a snapshot without what is another at each look: the measures of probes."""
+    still = tuple(replace(uplink, probe=status.ProbeStatus()) for uplink in shown.uplinks)
+    return replace(shown, uplinks=still)

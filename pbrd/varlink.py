@@ -105,6 +105,7 @@ class Request(NamedTuple):
     method: str
     parameters: Object
     oneway: bool
+    more: bool = False
 
 
 def encode(message: Object) -> bytes:
@@ -142,12 +143,12 @@ def request(data: bytes) -> Request:
         raise BadMessage('not a varlink call: "parameters" is not an object')
     if message.get("upgrade"):
         raise InvalidParameter("upgrade")
-    return Request(method, parameters, message.get("oneway") is True)
+    return Request(method, parameters, message.get("oneway") is True, message.get("more") is True)
 
 
-def reply(parameters: Object) -> bytes:
-    """Return the bytes of a successful answer."""
-    return encode({"parameters": parameters})
+def reply(parameters: Object, *, continues: bool = False) -> bytes:
+    """Return the bytes of a successful answer; `continues`: others follow to the same call."""
+    return encode({"parameters": parameters} | ({"continues": True} if continues else {}))
 
 
 def error_reply(error: CallError) -> bytes:

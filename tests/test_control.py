@@ -62,6 +62,7 @@ async def main():
     handlers = {
         "Status": Handler(status), "Plan": Handler(plan, root_parameters=frozenset({"config"})),
         "Reload": Handler(reload, changes=True), "Flush": Handler(lambda _: {"removed": []}, changes=True),
+        "Monitor": Handler(lambda _: {}),
         "Drain": Handler(lambda _: {}, changes=True), "Undrain": Handler(lambda _: {}, changes=True),
     }
     server = Server(Path(sys.argv[1]) / "pbrd.sock", handlers, lambda m, e: failures.append(f"{m}: {e}"))
@@ -73,7 +74,7 @@ async def main():
 asyncio.run(main())
 '''
 
-METHODS = ("Status", "Plan", "Drain", "Undrain", "Reload", "Flush")
+METHODS = ("Status", "Monitor", "Plan", "Drain", "Undrain", "Reload", "Flush")
 
 
 @pytest.fixture
