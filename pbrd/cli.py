@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from pbrd import __version__, stdio
 from pbrd.client import call
@@ -163,6 +163,8 @@ def _add_check(commands: Commands) -> None:
         "file", metavar="FILE", nargs="?", help=f"- is standard input (default: {CONFIG_FILE})"
     )
     added.add_argument("--config", metavar="FILE", help="the same, as the other commands have it")
+    about = "judge the config alone, not what it would do on this machine: for a config of another one"
+    added.add_argument("--no-machine", action="store_true", help=about)
 
 
 def _add_plan(commands: Commands) -> None:
@@ -245,11 +247,28 @@ def check(arguments: Arguments) -> int:
     config = load(Path("/dev/stdin" if file == "-" else file), pipe=True)
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
+    if not arguments.no_machine:
+        _print_conflicts(config)
     metered = ", ".join(uplink.name for uplink in config.uplinks if uplink.metered)
     counts = [_count(len(config.uplinks), "uplink") + (f" ({metered} metered)" if metered else "")]
     counts += [_count(len(config.policies), "policy"), words(config)]
     print(f"{file}: {', '.join(counts)}")
     return DONE
+
+
+def _print_conflicts(config: Any) -> None:
+    """Say what the machine and a config would do to each other, if the config is for this machine."""
+    from pbrd import conflicts, machine
+    from pbrd.errors import KernelError
+
+    try:
+        here = machine.look(config)
+    except KernelError as error:
+        print(f"warning: this machine is not looked at: {error}", file=sys.stderr)
+        return
+    if conflicts.concerns(config, here):
+        for finding in conflicts.findings(config, here):
+            print(f"{'note' if finding.harmless else 'warning'}: {finding}", file=sys.stderr)
 
 
 def plan(arguments: Arguments) -> int:

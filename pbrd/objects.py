@@ -73,6 +73,17 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignRule:
+    """A rule of others. `goto` is the priority that it jumps to, in place of its action; 0 is none."""
+
+    rule: Rule
+    protocol: int  # FRA_PROTOCOL: who says to have made it
+    inverted: bool = False  # `not`
+    goto: int = 0
+    odd: bool = False  # narrowed by what `Rule` has no word for (tos, l3mdev, tunnel ids), or does nothing
+
+
+@dataclass(frozen=True, slots=True)
 class Sysctl:
     """`net.ipv4.conf.INTERFACE.KEY = value`, or net.ipv6."""
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
-from pbrd.objects import Action, DefaultRoute, LinkAddress, Route, Rule, default_network
+from pbrd.objects import Action, DefaultRoute, ForeignRule, LinkAddress, Route, Rule, default_network
 from pbrd.plan import Verb
 from pbrd.settings import PROTOCOL, Address, Family, Mark, Network, Range
 
@@ -50,7 +50,7 @@ ERROR_ROUTES = {6: "blackhole", 7: "unreachable", 8: "prohibit"}
 RTNH_F_ONLINK = 4
 FR_ACTIONS = {Action.LOOKUP: 1, Action.BLACKHOLE: 6, Action.UNREACHABLE: 7, Action.PROHIBIT: 8}
 NO_SUPPRESS = 0xFFFFFFFF
-FIB_RULE_INVERT = 2
+FIB_RULE_INVERT, FR_ACT_NOP = 2, 3
 # What our rules never have. Anything newer is ignored: kernels add attributes to every rule (port masks).
 FOREIGN_ATTRIBUTES = ("FRA_GOTO", "FRA_FLOW", "FRA_TUN_ID", "FRA_L3MDEV")
 
@@ -278,20 +278,52 @@ def rule_of(message: bytes) -> tuple[int, Rule]:
 @lru_cache(maxsize=8192)
 def _rule_of(body: bytes) -> tuple[int, Rule]:
     """Decode a rule once: all rules are read back whenever one changes, and nearly all are as before."""
+    decoded = _fib_rule(body)
+    action = _action(decoded)
+    foreign = any(map(decoded.get_attr, FOREIGN_ATTRIBUTES)) or decoded["flags"] & FIB_RULE_INVERT
+    protocol = decoded.get_attr("FRA_PROTOCOL") or 0
+    if action is None or foreign or decoded["tos"]:
+        priority = decoded.get_attr("FRA_PRIORITY") or 0
+        return protocol, Rule(Family(decoded["family"]), priority, raw=body)
+    return protocol, _selected(decoded, action)
+
+
+def foreign_rule_of(message: bytes) -> ForeignRule:
+    """Return an RTM_NEWRULE as others may have made it, whatever its kind."""
+    return _foreign_rule_of(message[16:])
+
+
+@lru_cache(maxsize=1024)
+def _foreign_rule_of(body: bytes) -> ForeignRule:
+    decoded = _fib_rule(body)
+    protocol, attribute = decoded.get_attr("FRA_PROTOCOL") or 0, decoded.get_attr
+    odd = decoded["tos"] or any(attribute(name) for name in FOREIGN_ATTRIBUTES if name != "FRA_GOTO")
+    return ForeignRule(
+        _selected(decoded, _action(decoded) or Action.LOOKUP),
+        protocol,
+        inverted=bool(decoded["flags"] & FIB_RULE_INVERT),
+        goto=attribute("FRA_GOTO") or 0,
+        odd=bool(odd) or decoded["action"] == FR_ACT_NOP,
+    )
+
+
+def _fib_rule(body: bytes) -> Any:
     decoded = fibmsg(HEADER.pack(16 + len(body), RTM_NEWRULE, 0, 0, 0) + body)
     decoded.decode()
+    return decoded
+
+
+def _action(decoded: Any) -> Action | None:
+    return next((action for action, number in FR_ACTIONS.items() if number == decoded["action"]), None)
+
+
+def _selected(decoded: Any, action: Action) -> Rule:
+    """Return a rule by the attributes that `Rule` knows."""
     attribute = decoded.get_attr
-    actions = {number: action for action, number in FR_ACTIONS.items()}
-    protocol = attribute("FRA_PROTOCOL") or 0
-    action = actions.get(decoded["action"])
-    family, priority = Family(decoded["family"]), attribute("FRA_PRIORITY") or 0
-    foreign = any(map(attribute, FOREIGN_ATTRIBUTES)) or decoded["flags"] & FIB_RULE_INVERT or decoded["tos"]
-    if action is None or foreign:
-        return protocol, Rule(family, priority, raw=body)
     fwmark, suppress = attribute("FRA_FWMASK"), attribute("FRA_SUPPRESS_PREFIXLEN")
-    return protocol, Rule(
-        family,
-        priority,
+    return Rule(
+        Family(decoded["family"]),
+        attribute("FRA_PRIORITY") or 0,
         action,
         (attribute("FRA_TABLE") or decoded["table"]) if action is Action.LOOKUP else 0,
         source=_network(attribute("FRA_SRC"), decoded["src_len"]),

@@ -21,12 +21,13 @@ PURE = frozenset({
     "effective", "units",
     "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths", "cost", "changes",
     "remarks",
-    "explain", "status", "snapshot", "events", "tables", "topology", "netfiles", "neighbours", "conflicts", "occupied",
+    "explain", "status", "snapshot", "events", "tables", "topology",
+    "netfiles", "firewalls", "neighbours", "conflicts", "precedence", "occupied",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
     ("file", frozenset({"statefile"})),
-    ("codec", frozenset({"rtnetlink", "varlink"})),  # formats on the wire, to values and back; no I/O either
+    ("codec", frozenset({"rtnetlink", "linkinfo", "varlink"})),  # bytes of the wire to values and back; no I/O
     ("line", frozenset({"netlink", "sysctl", "netns", "journal"})),  # bytes in and out; the shells know what they mean
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
@@ -36,7 +37,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("netfilter", frozenset({"judge"})),  # the policies in force, over time
     ("netfilter", frozenset({"netfilter", "refusals", "watchdog"})),  # the daemon's helpmates, over time
     ("report", frozenset({"report"})),  # what people are told of all that
-    ("offline", frozenset({"offline"})),  # what the daemon does at its start and end, and the CLI without one
+    ("offline", frozenset({"offline", "machine"})),  # what the daemon does at its start and end, or the CLI
     ("daemon", frozenset({"daemon"})),
     ("demo", frozenset({"demo", "watch", "use"})),  # commands that live on for a while
     ("cli", frozenset({"cli"})),
