@@ -71,11 +71,13 @@ class Kernel:
         self.config = config
         self.uplinks: dict[str, Uplink] = {u.interface: u for u in config.uplinks if u.enabled}
         self.tables = {table: u for u in self.uplinks.values() for table in (u.table, u.path_table)}
+        if self.events is not None:
+            self.events.heed(self.tables)
         self.changes = Changes(everything=True)
 
     def listen(self) -> int:
         """Subscribe to events, before the first read; return the file descriptor to wait for."""
-        self.events = Events()
+        self.events = Events(self.tables)
         return self.events.socket.fileno()
 
     def close(self) -> None:
