@@ -141,6 +141,20 @@ class Leaving:
         return result.path, result.sent - sum(self.counter.read().values())
 
 
+class Writes:
+    """Everything that changes in the router's rules and routes, as `ip monitor` sees it."""
+
+    def __init__(self, lab: Lab, directory: Path) -> None:
+        self.path = directory / "monitor"
+        with self.path.open("w") as file:
+            lab.spawn(lab.router, ["ip", "monitor", "rule", "route"], stdout=file, stdin=subprocess.DEVNULL)
+        time.sleep(0.3)  # until it listens: it says nothing
+
+    def seen(self) -> str:
+        time.sleep(0.3)  # what was written has been printed by then
+        return self.path.read_text()
+
+
 def as_nobody(act: Callable[[], int]) -> int:
     """Call `act` in a child that is nobody, and return its exit code.
 

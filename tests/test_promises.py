@@ -5,10 +5,9 @@ import re
 import time
 from pathlib import Path
 from signal import SIGHUP, SIGKILL, SIGTERM, SIGUSR1
-from subprocess import DEVNULL
 
 import pytest
-from conftest import HEAD, PROBE, UPLINKS, Leaving, StartDaemon, all_up, eventually
+from conftest import HEAD, PROBE, UPLINKS, Leaving, StartDaemon, Writes, all_up, eventually
 
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab
 
@@ -35,20 +34,6 @@ def shown(lab: Lab) -> str:
     sysctls = lab.run(lab.router, "sh", "-c", "sysctl net.ipv4.conf net.ipv6.conf 2>/dev/null").stdout
     kept = [line for line in sysctls.splitlines() if re.search("rp_filter|linkdown|src_valid", line)]
     return "".join(lines) + "\n".join(kept)
-
-
-class Writes:
-    """Everything that changes in the router's rules and routes, as `ip monitor` sees it."""
-
-    def __init__(self, lab: Lab, directory: Path) -> None:
-        self.path = directory / "monitor"
-        with self.path.open("w") as file:
-            lab.spawn(lab.router, ["ip", "monitor", "rule", "route"], stdout=file, stdin=DEVNULL)
-        time.sleep(0.3)  # until it listens: it says nothing
-
-    def seen(self) -> str:
-        time.sleep(0.3)  # what was written has been printed by then
-        return self.path.read_text()
 
 
 # --- kill switch ------------------------------------------------------------------------------

@@ -1,0 +1,222 @@
+"""The service under a real systemd, with real packets: what machines and administrators do to it."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from box import Box
+from conftest import Leaving, Writes, eventually
+from service import CONFIG, UNIT, Service, networkd, seed, start, switch_off
+
+from pbrd.lab import LAN, LAN6, Lab
+
+MakeBox = Callable[..., Box]
+RESTARTS = 10
+
+
+def test_it_is_ready_when_the_kernel_holds_the_plan_and_says_how_it_is(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    assert service.show("ActiveState", "Result", "NRestarts") == ("active", "success", "0")
+    status = r"fiber up( [\d.]+ ms)?, lte up( [\d.]+ ms)?"
+    assert re.fullmatch(status, service.show("StatusText")), service.show("StatusText")
+    lab.carrier(0, False)
+    down = (
+        r"fiber down \(no-carrier\) since \d\d:\d\d, lte up.* · 1 policy failed over · 1 policy in fallback"
+    )
+    eventually(lambda: re.fullmatch(down, service.show("StatusText")))
+    service.systemctl("stop")
+    assert service.show("ActiveState", "Result") == ("inactive", "success")
+
+
+# --- ends and starts ----------------------------------------------------------------------------
+
+
+def test_a_crash_costs_no_packet_and_writes_nothing(make_box: MakeBox, lab: Lab, tmp_path: Path) -> None:
+    service = start(make_box, lab)
+    stream, writes, former = Leaving(lab), Writes(lab, tmp_path), service.pid
+    service.kill("KILL")
+    service.restarted(former)
+    service.wait_up()
+    assert writes.seen() == ""
+    assert stream.stop() == (["fiber"], 0)
+    assert service.show("NRestarts") == "1"
+
+
+def test_restarts_under_load_cost_no_packet(make_box: MakeBox, lab: Lab, tmp_path: Path) -> None:
+    service = start(make_box, lab)
+    stream, writes = Leaving(lab), Writes(lab, tmp_path)
+    for _ in range(RESTARTS):
+        service.systemctl("restart")
+    assert service.show("ActiveState", "Result") == ("active", "success")
+    assert writes.seen() == ""
+    assert stream.stop() == (["fiber"], 0)
+
+
+def test_stopped_forwarding_and_kill_switches_go_on(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    service.systemctl("stop")
+    lab.carrier(0, False)
+    assert eventually(lambda: lab.exit_of(src=LAN[0], within=0.2)) == "lte"
+    assert lab.exit_of(src=LAN[2], within=0.3) is None
+    assert lab.exit_of(src=LAN6[2], within=0.3) is None
+
+
+def test_what_hangs_is_started_again_by_the_watchdog_and_leaves_a_traceback(
+    make_box: MakeBox, lab: Lab, tmp_path: Path
+) -> None:
+    service = start(make_box, lab, drop_in="WatchdogSec=1s")
+    stream, writes, former = Leaving(lab), Writes(lab, tmp_path), service.pid
+    service.kill("STOP")
+    service.restarted(former, within=20)
+    service.wait_up()
+    assert writes.seen() == ""
+    assert stream.stop() == (["fiber"], 0)
+    assert "Watchdog timeout" in service.log
+    assert "Fatal Python error: Aborted" in service.log
+    assert "daemon.py" in service.log
+
+
+def test_the_watchdog_is_fed_while_the_loop_turns(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab, drop_in="WatchdogSec=1s")
+    former = service.pid
+    lab.silence(0)
+    eventually(lambda: service.show("StatusText").startswith("fiber down (probes)"))
+    time.sleep(3)  # three times the limit
+    assert (service.pid, service.show("NRestarts")) == (former, "0")
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+
+def test_a_bad_config_is_no_reason_to_start_again_and_again(
+    make_box: MakeBox, lab: Lab, tmp_path: Path
+) -> None:
+    service = start(make_box, lab)
+    stream, writes = Leaving(lab), Writes(lab, tmp_path)
+    service.box.write({"/etc/pbrd/pbrd.toml": CONFIG.replace('via = ["fiber"]', 'via = ["fibre"]')})
+    assert service.systemctl("restart", check=False) == 1
+    assert service.show("ActiveState", "ExecMainStatus", "NRestarts") == ("failed", "78", "0")
+    assert 'no uplink is called "fibre" (did you mean "fiber"?)' in service.log
+    assert writes.seen() == ""
+    assert stream.stop() == (["fiber"], 0)
+    service.box.write({"/etc/pbrd/pbrd.toml": CONFIG})
+    service.systemctl("start")
+    assert writes.seen() == ""
+
+
+def test_reload_waits_for_the_verdict_and_a_bad_config_changes_nothing(
+    make_box: MakeBox, lab: Lab, tmp_path: Path
+) -> None:
+    service = start(make_box, lab)
+    former, generation = service.pid, service.status()["generation"]
+    service.box.write({"/etc/pbrd/pbrd.toml": CONFIG.replace('via = ["fiber"]', 'via = ["lte"]')})
+    service.systemctl("reload")
+    assert service.status()["generation"] == generation + 1
+    assert lab.exit_of(src=LAN[2]) == "lte"
+    writes = Writes(lab, tmp_path)
+    service.box.write({"/etc/pbrd/pbrd.toml": "nonsense"})
+    assert service.systemctl("reload", check=False) == 1
+    assert service.show("ActiveState", "SubState") == ("active", "running")
+    assert service.status()["generation"] == generation + 1
+    assert not service.status()["last_reload"]["ok"]
+    assert writes.seen() == ""
+    assert lab.exit_of(src=LAN[2]) == "lte"
+    assert service.pid == former
+    service.box.write({"/etc/pbrd/pbrd.toml": CONFIG})
+    service.systemctl("reload")
+    assert lab.exit_of(src=LAN[2]) == "fiber"
+
+
+@pytest.mark.parametrize("text", ["nonsense", CONFIG], ids=["bad", "good"])
+def test_a_reload_by_signal_ends_too(make_box: MakeBox, lab: Lab, text: str) -> None:
+    service = start(make_box, lab)
+    service.box.write({"/etc/pbrd/pbrd.toml": text})
+    service.kill("HUP")
+    reloaded = eventually(lambda: service.status()["last_reload"])
+    assert reloaded["ok"] == (text == CONFIG)
+    assert service.show("ActiveState", "SubState") == ("active", "running")
+
+
+# --- its directories ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["read-only", "full"])
+def test_a_state_directory_that_takes_nothing_stops_nothing(make_box: MakeBox, lab: Lab, state: str) -> None:
+    service = start(make_box, lab)
+    service.systemctl("stop")
+    fill = """
+    mount -t tmpfs -o size=4k,mode=0750,gid=pbrd tmpfs /var/lib/pbrd
+    head -c 9000 /dev/zero >/var/lib/pbrd/filler || true # as much as there is room for
+    """
+    seal = "mount -o remount,ro /var/lib/pbrd" if state == "read-only" else ""
+    service.box.enter(["sh", "-ec", fill + seal])
+    service.systemctl("start")
+    service.wait_up()
+    lab.carrier(0, False)
+    assert eventually(lambda: lab.exit_of(src=LAN[0], within=0.2)) == "lte"
+    assert lab.exit_of(src=LAN[2], within=0.3) is None
+    lab.carrier(0, True)
+    service.wait_up()
+    service.box.run(["pbrd", "drain", "fiber"])
+    assert lab.exit_of(src=LAN[0]) == "lte"
+    assert "drained uplinks are not written down" in service.log
+    assert service.show("NRestarts") == "0"
+    service.systemctl("restart")
+
+
+def test_broken_state_files_are_set_aside_and_told(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    service.systemctl("stop")
+    for name in ("drained.json", "sysctls.json"):
+        service.box.write({f"/var/lib/pbrd/{name}": "\0half a fi"})
+    service.systemctl("start")
+    for name in ("drained.json", "sysctls.json"):
+        assert f"/var/lib/pbrd/{name} is broken: it is now {name}.broken" in service.log
+        assert (service.box.root / f"var/lib/pbrd/{name}.broken").read_text() == "\0half a fi"
+    assert service.show("ActiveState", "NRestarts") == ("active", "0")
+
+
+def test_members_of_its_group_may_read_and_only_root_may_change(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    member = ("User=nobody", "Group=nogroup", "SupplementaryGroups=pbrd")
+    assert service.box.run(["pbrd", "status"], *member).returncode == 0
+    assert service.box.run(["pbrd", "drain", "lte"], *member, check=False).returncode == 1
+    assert service.box.run(["pbrd", "status"], "User=nobody", check=False).returncode == 1
+    assert service.box.run(["cat", "/etc/iproute2/rt_tables.d/pbrd.conf"], "User=nobody").returncode == 0
+
+
+# --- boot -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["enable", "disable"])
+def test_a_kill_switch_holds_from_boot_on(make_box: MakeBox, lab: Lab, command: str) -> None:
+    """The camera's only uplink has no carrier. Without pbrd its packets leave as soon as there is a network."""
+    box = make_box(seed(enabled=False) | networkd(lab), network=lab.router, udev=True)
+    service = Service(box)
+    service.systemctl(command)
+    box.halt()
+    switch_off(lab)
+    lab.carrier(0, False)
+    cameras = [
+        lab.counter(f"{family} saddr {source}") for family, source in (("ip", LAN[2]), ("ip6", LAN6[2]))
+    ]
+    streams = [lab.traffic(rate=1000, src=source) for source in (LAN[2], LAN6[2])]
+    box.boot()
+    assert eventually(lambda: lab.exit_of(src=LAN[0], within=0.2)) == "lte"
+    assert eventually(lambda: lab.exit_of(src=LAN6[0], within=0.2)) == "lte"
+    time.sleep(1)
+    assert service.show("ActiveState") == ("active" if command == "enable" else "inactive")
+    for stream in streams:
+        stream.stop()
+    for camera in cameras:
+        assert (camera.read()["lte"] == 0) == (command == "enable")
+
+
+def test_it_stands_before_the_network_is_configured(make_box: MakeBox, lab: Lab) -> None:
+    switch_off(lab)
+    box = make_box(seed() | networkd(lab), network=lab.router, udev=True)
+    ready = box.show(UNIT, "ActiveEnterTimestampMonotonic").popitem()[1]
+    configured = box.show("systemd-networkd.service", "ExecMainStartTimestampMonotonic").popitem()[1]
+    assert 0 < int(ready) < int(configured)
