@@ -30,7 +30,7 @@ import pbrd
 from pbrd import netns
 
 # What a box begins with: text, or for a link what it points to. Text that begins with "#!" can be executed.
-Seed = Mapping[str, str | PurePath]
+Seed = dict[str, str | PurePath]
 
 BOOT = 30.0  # seconds until a boot has failed
 PREFIX = "pbrd-box"

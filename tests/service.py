@@ -29,7 +29,7 @@ via = ["fiber", "lte"]
 
 def seed(config: str = CONFIG, drop_in: str = "", *, enabled: bool = True) -> Seed:
     """What `make install` puts into a machine, beside the command itself, and the administrator's part."""
-    files: dict[str, str | PurePath] = {
+    files: Seed = {
         f"/usr/lib/systemd/system/{UNIT}": (HERE / "systemd/pbrd.service").read_text(),
         "/usr/lib/sysusers.d/pbrd.conf": (HERE / "packaging/sysusers.d/pbrd.conf").read_text(),
         "/etc/pbrd/pbrd.toml": config,
@@ -125,7 +125,7 @@ def networkd(lab: Lab, **extra: str) -> Seed:
     `extra`: further lines of an interface's .network file, in place of its static addresses and gateways.
     """
     wants = "/etc/systemd/system/multi-user.target.wants/systemd-networkd.service"
-    files: dict[str, str | PurePath] = {wants: Path("/lib/systemd/system/systemd-networkd.service")}
+    files: Seed = {wants: Path("/lib/systemd/system/systemd-networkd.service")}
     files["/etc/systemd/network/lan.network"] = _network("lan", ["192.168.100.1/24", "fd00:100::1/64"])
     for k, uplink in enumerate(lab.uplinks):
         addresses = [f"{address}/{prefix}" for _, address, prefix, _ in uplink.families]
@@ -144,7 +144,7 @@ def _network(interface: str, addresses: list[str]) -> str:
 
 
 def switch_off(lab: Lab) -> None:
-    """Put the router's kernel into the state in which a machine is switched on: links down, nothing configured."""
+    """Make the router's kernel like that of a machine just switched on: links down, nothing configured."""
     links = ["lan", *(uplink.interface for uplink in lab.uplinks)]
     lab.ip(lab.router, "".join(f"link set dev {link} down\naddr flush dev {link}\n" for link in links))
     for family in ("-4", "-6"):

@@ -192,7 +192,7 @@ def test_members_of_its_group_may_read_and_only_root_may_change(make_box: MakeBo
 
 @pytest.mark.parametrize("command", ["enable", "disable"])
 def test_a_kill_switch_holds_from_boot_on(make_box: MakeBox, lab: Lab, command: str) -> None:
-    """The camera's only uplink has no carrier. Without pbrd its packets leave as soon as there is a network."""
+    """The camera's only uplink has no carrier. Without pbrd its packets leave once there is a network."""
     box = make_box(seed(enabled=False) | networkd(lab), network=lab.router, udev=True)
     service = Service(box)
     service.systemctl(command)
