@@ -130,6 +130,7 @@ class Show:
             self.daemon = self.lab.spawn(
                 self.lab.router,
                 [sys.executable, "-m", "pbrd", "run", "--config", str(config), *dirs],
+                cgroups=False,  # the machine may have an uplink-fiber.slice of its own
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

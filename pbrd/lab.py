@@ -189,11 +189,16 @@ class Lab:
         command = ["ip", "netns", "exec", space, *argv]
         return subprocess.run(command, text=True, capture_output=True, check=check)
 
-    def spawn(self, space: str, argv: Sequence[str], **popen: Any) -> subprocess.Popen[str]:
-        """Start a command in a namespace; its pid is the command's own, and it is killed with the lab."""
+    def spawn(
+        self, space: str, argv: Sequence[str], *, cgroups: bool = True, **popen: Any
+    ) -> subprocess.Popen[str]:
+        """Start a command in a namespace; its pid is the command's own, and it is killed with the lab.
+
+        With `cgroups` it sees those of the machine: a namespace has none of its own.
+        """
         # `ip netns exec` mounts a /sys of the namespace, without cgroups: policies with `unit` need them
-        enter = 'mount -t cgroup2 cgroup2 /sys/fs/cgroup 2>/dev/null; exec "$@"'
-        command = ["ip", "netns", "exec", space, "sh", "-c", enter, "sh", *argv]
+        mount = "mount -t cgroup2 cgroup2 /sys/fs/cgroup 2>/dev/null; " if cgroups else ""
+        command = ["ip", "netns", "exec", space, "sh", "-c", f'{mount}exec "$@"', "sh", *argv]
         child = subprocess.Popen(command, text=True, **popen)
         self._children.append(child)
         return child

@@ -394,3 +394,18 @@ def test_a_result_tells_loss_outage_and_moves() -> None:
     assert result.between(0, 7).outage() == 3.5  # from the last answer to the last packet sent
     assert result.between(3, 7).lost == result.between(3, 7).sent == 4
     assert Result(()).outage() == 0.0
+
+
+def test_who_sees_no_cgroups_sees_no_slices_of_the_machine(lab: Lab) -> None:
+    look = "from pbrd.cgroups import hierarchy; print(hierarchy())"
+    errors = {}
+    for cgroups in (True, False):
+        argv = [sys.executable, "-c", look]
+        child = lab.spawn(
+            lab.router, argv, cgroups=cgroups, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        errors[cgroups] = child.communicate(timeout=30)[1]
+    assert "no cgroup2 hierarchy is mounted" in errors[False]
+    if "no cgroup2 hierarchy" in errors[True]:
+        pytest.skip("needs a cgroup2 hierarchy")
+    assert errors[True] == ""
