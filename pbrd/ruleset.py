@@ -2,7 +2,8 @@
 
 It judges each connection once, keeps the verdict in the connection's mark, and gives it to every packet:
 
-    arriving by an uplink   a new connection is INBOUND and pinned there, so that its replies leave by it
+    arriving by an uplink   a new connection is INBOUND and pinned there: its replies leave by it; not if it
+                            goes on by an uplink (somebody behind a tunnel): that is as from elsewhere
     from elsewhere, local   the class that the policies give it (`classes`), and the pin that it has
     leaving by an uplink    is pinned to it; masqueraded where the uplink has `nat`
 
@@ -22,6 +23,7 @@ from pbrd.rules import ICMP, ICMPV6
 from pbrd.settings import Config, Fallback, Family, Match, Network, Policy, Range, Sticky, Uplink
 
 SEED = 0x70627264  # of the hash that keeps a client on its uplink: the same after every restart
+HERE = "{ local, broadcast, multicast }"
 ND = "{ nd-router-solicit, nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert, nd-redirect }"
 
 
@@ -201,11 +203,14 @@ class _Writer:
         return chain(
             f"leaving_{where}",
             f"ct mark & {marks.classes:#x} == {marks.class_(INBOUND):#x} goto inbound",
-            "ct direction reply return",
+            # Answers are not judged. Local ones stay unmarked, as the socket's own look has found their way.
+            f"ct direction reply {'return' if local else 'goto m0'}",
             self.restore_pin(),
             f"ct mark & {marks.classes:#x} vmap {{ {', '.join(known)} }}",
             f"meta mark set meta mark & {self.clear(marks.classes)}",
             f"jump decide_{where}",
+            # No set has elements for a packet that is here while the table is replaced: judged without them.
+            "meta nfproto != { ipv4, ipv6 } drop",
             f"meta mark & {marks.classes:#x} == 0x0 jump c0",
         )
 
@@ -220,23 +225,36 @@ class _Writer:
     def hooks(self) -> Iterator[str]:
         """Yield the chains that the kernel calls, and those next to them."""
         marks, interfaces = self.marks, any_of(f'"{u.interface}"' for u in self.uplinks)
-        came = marks.class_(INBOUND)
+        came = f"ct mark & {marks.classes:#x} == {marks.class_(INBOUND):#x}"
         yield chain(
             "inbound",
             "ct direction original return",
             self.restore_pin(),
-            f"meta mark set meta mark & {self.clear(marks.classes)} | {came:#x}",
+            f"meta mark set meta mark & {self.clear(marks.classes)} | {marks.class_(INBOUND):#x}",
         )
         yield self.leaving(local=False)
         yield self.leaving(local=True)
+        yield chain("arrived", f"iifname {self.by_interface('in')}")
+        yield chain(
+            "arriving",
+            f"fib daddr type {HERE} goto arrived",
+            "fib daddr oif missing return",
+            f"fib daddr oifname != {interfaces} goto arrived",
+        )
+        yield chain(
+            "by_uplink",
+            f"ct state new ct mark & {marks.mask:#x} == 0x0 jump arriving",
+            "ct direction reply return",
+            f"{came} return",
+            "goto passing",
+        )
+        yield chain("passing", f"fib daddr type {HERE} return", "goto leaving_forward")
         yield chain(
             "prerouting",
-            "type filter hook prerouting priority mangle; policy accept;",
-            f"iifname {interfaces} ct state new ct mark & {marks.mask:#x} == 0x0 "
-            f"iifname {self.by_interface('in')}",
-            f'iifname {{ "lo", {interfaces.strip("{ }")} }} return',
-            "fib daddr type { local, broadcast, multicast } return",
-            "goto leaving_forward",
+            "type filter hook prerouting priority dstnat + 10; policy accept;",
+            f"iifname {interfaces} goto by_uplink",
+            'iifname "lo" return',
+            "goto passing",
         )
         yield chain(
             "output",
@@ -244,7 +262,7 @@ class _Writer:
             'oifname "lo" return',
             f"meta mark & {marks.mask:#x} == {marks.mask:#x} return",
             f"icmpv6 type {ND} return",
-            "fib daddr type { local, broadcast, multicast } return",
+            f"fib daddr type {HERE} return",
             "goto leaving_local",
         )
         yield chain(

@@ -131,3 +131,19 @@ def test_many_policies_make_few_rules(lab: Lab, daemon: StartDaemon) -> None:
     assert len(lab.run(lab.router, "ip", "rule").stdout.splitlines()) < 60
     assert lab.exit_of(src=LAN[1]) == "lte"
     assert lab.exit_of(src=LAN[0]) == "fiber"
+
+
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
+def test_who_comes_by_one_uplink_and_leaves_by_another_is_judged(
+    lab: Lab, daemon: StartDaemon, family: str
+) -> None:
+    """Clients behind a tunnel that is an uplink itself; however many policies there are."""
+    tunnel = '[uplinks.tunnel]\ninterface = "lan"\ngateway = "none"\ngateway6 = "none"\n'
+    many = "".join(policy(f"{{ to = '10.{n}.0.0/16' }}", name=f"p{n}") for n in range(250))
+    client = policy("{ iif = 'lan' }", more="fallback = 'unreachable'", name="clients")
+    pbrd = daemon(lab, BASE + tunnel + many + client + DEFAULT)
+    source, target = (LAN6[0], TARGETS6[0]) if family == "ipv6" else (LAN[0], TARGETS[0])
+    assert lab.exit_of(src=source, dst=target) == "lte"
+    lab.carrier(1, up=False)
+    eventually(lambda: pbrd.uplink("lte")["state"] == "down")
+    assert lab.exit_of(src=source, dst=target) is None
