@@ -57,6 +57,7 @@ class Daemon:
         self.runtime = runtime
         self.answers: dict[str, Mapping[str, Any] | Exception] = {
             "Status": DOCUMENT,
+            "Monitor": {"events": []},
             "Plan": {"steps": []},
             "Reload": {"changed": [], "generation": 2},
             "Flush": {"removed": []},
@@ -198,10 +199,10 @@ def test_a_broken_pipe_is_quiet(fake: Daemon) -> None:
 @pytest.mark.parametrize(
     ("command", "code"),
     [
-        ("pbrd check $GOOD >&-", 0),
-        ("pbrd check $GOOD 2>&-", 0),
-        ("pbrd check $GOOD <&- >&- 2>&-", 0),
-        ("pbrd check $BAD 2>&-", 78),
+        ("pbrd check --no-machine $GOOD >&-", 0),
+        ("pbrd check --no-machine $GOOD 2>&-", 0),
+        ("pbrd check --no-machine $GOOD <&- >&- 2>&-", 0),
+        ("pbrd check --no-machine $BAD 2>&-", 78),
         ("pbrd status --json --runtime-dir $RUNTIME >&-", 0),
         ("pbrd status --runtime-dir /nowhere 2>&-", 3),
     ],
@@ -216,8 +217,8 @@ def test_closed_streams_are_no_error(fake: Daemon, command: str, code: int) -> N
     [
         ("pbrd status --json --runtime-dir $RUNTIME", 141),
         ("pbrd status --watch --json --runtime-dir $RUNTIME", 141),
-        ("pbrd check $GOOD", 141),
-        ("pbrd check $BAD 2>&1", 141),
+        ("pbrd check --no-machine $GOOD", 141),
+        ("pbrd check --no-machine $BAD 2>&1", 141),
         ("pbrd status --help", 0),  # argparse lets nobody know
         ("pbrd nope 2>&1", 2),
     ],
@@ -229,7 +230,7 @@ def test_a_reader_that_went_away_is_quiet(fake: Daemon, command: str, code: int)
 
 
 def test_a_full_disk_is_said_in_a_line(fake: Daemon) -> None:
-    for command in ("pbrd check $GOOD", "pbrd status --runtime-dir $RUNTIME"):
+    for command in ("pbrd check --no-machine $GOOD", "pbrd status --runtime-dir $RUNTIME"):
         told = in_shell(fake, f"{command} > /dev/full; echo $?")
         assert (told.stdout, told.stderr) == ("1\n", "pbrd: cannot write: No space left on device\n")
 
@@ -390,6 +391,9 @@ def test_reload_prints_what_changed(fake: Daemon, capsys: pytest.CaptureFixture[
     fake.answers["Reload"] = {"changed": ["rule  add priority 11000"], "generation": 3}
     assert cli.main(["reload", "--runtime-dir", str(fake.runtime)]) == 0
     assert capsys.readouterr().out == "rule  add priority 11000\n"
+    fake.answers["Reload"] = {"changed": ["rule"], "config": ["config: policy web: via"], "generation": 4}
+    assert cli.main(["reload", "--runtime-dir", str(fake.runtime)]) == 0
+    assert capsys.readouterr().out == "config: policy web: via\nrule\n"
 
 
 @pytest.mark.parametrize("command", ["reload", "plan"])
@@ -424,6 +428,26 @@ def test_check_sums_up_a_good_config(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert cli.main(["check", *arguments]) == 0
         assert capsys.readouterr().out.startswith(f"{file}: 1 uplink, 1 policy")
     assert cli.main(["check", str(file), "--config", "other"]) == 2
+
+
+def test_check_names_metered_uplinks_and_says_what_the_rules_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pbrd.toml"
+    file.write_text(CONFIG.replace('"eth0"', '"eth0"\nmetered = true'))
+    assert cli.main(["check", str(file)]) == 0
+    assert capsys.readouterr().out == (
+        f"{file}: 1 uplink (fiber metered), 1 policy, 13 rules over both families: "
+        "a forwarded packet walks at most 7 of them, about 120 ns\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["drain", "undrain"])
+def test_drain_prints_what_it_means(fake: Daemon, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers[command.capitalize()] = {"remarks": ["one", "two"]}
+    assert cli.main([command, "lte", "--runtime-dir", str(fake.runtime)]) == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert fake.asked == [(command.capitalize(), {"uplink": "lte"})]
 
 
 def test_check_names_every_problem_and_is_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

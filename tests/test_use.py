@@ -17,7 +17,7 @@ from pbrd.cgroups import hierarchy, paths_of
 from pbrd.errors import PbrdError
 from pbrd.netns import Namespace
 from pbrd.units import CGroup, expression, slice_of, slice_path
-from pbrd.use import SYSTEMD, main, scope_command
+from pbrd.use import SYSTEMD, doubts, main, scope_command
 
 numbers = itertools.count()
 Process = subprocess.Popen[str]
@@ -137,6 +137,36 @@ def test_the_command_runs_in_the_slice_of_the_uplink_and_nothing_is_left(
     assert scope.endswith(".scope")
     assert path.startswith("uplink.slice/uplink-pbrd.slice/uplink-pbrd-test.slice/")
     assert not slice_directory(daemon_answers.uplink).exists()
+
+
+def test_a_doubtful_uplink_is_used_with_a_word_on_standard_error(use: Run, daemon_answers: Answerer) -> None:
+    name, daemon_answers.state = daemon_answers.uplink, "drained"
+    assert finished(use("echo", "done")) == (
+        0,
+        "done\n",
+        f"pbrd: {name} is drained: nothing can leave there until `pbrd undrain {name}`\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("uplink", "active", "words"),
+    [
+        ({"state": "up", "nat": True, "ipv4": {}}, "fiber", []),
+        ({"state": "degraded"}, "fiber", []),  # an older daemon says nothing of nat
+        ({"state": "down", "reason": "probes"}, "fiber",
+         ["lte is down (probes): nothing can leave there until it is up"]),
+        ({"state": "up", "nat": False, "ipv4": {"gateway": "10.0.0.1"}}, "fiber",
+         ["lte has no nat: programs that bind no address may send with that of another uplink; "
+          "set nat = true in [uplinks.lte]"]),
+        ({"state": "up", "nat": False, "ipv4": {"gateway": "10.0.0.1"}}, "lte", []),
+        ({"state": "up", "nat": False, "ipv4": None}, "fiber", []),
+    ],
+)  # fmt: skip
+def test_doubts_are_about_what_keeps_traffic_from_getting_out(
+    uplink: dict[str, object], active: str, words: list[str]
+) -> None:
+    status = {"uplinks": [{"name": "lte", **uplink}], "policies": [{"name": "default", "active": active}]}
+    assert list(doubts("lte", status)) == words
 
 
 def test_its_first_packet_is_matched_already(use: Run, daemon_answers: Answerer, no_lab: str) -> None:
