@@ -1,8 +1,9 @@
-"""The blocking client of the control socket: one call, one answer. Imports next to nothing."""
+"""The blocking client of the control socket: one call, one answer or many. Imports next to nothing."""
 
 import os
 import socket
 import time
+from collections.abc import Iterator
 
 from pbrd import varlink
 from pbrd.errors import ControlError, NotRunning
@@ -40,6 +41,31 @@ def call(
         except OSError as error:
             raise ControlError(f"cannot {method.lower()}: {error.strerror}: {path}") from None
     return varlink.result(answer)
+
+
+def follow(
+    runtime_dir: str | os.PathLike[str], method: str, parameters: Object | None = None
+) -> Iterator[Object]:
+    """Call `method` with "more" and yield each answer as it comes.
+
+    Raises what `call` does; ControlError, too, when the daemon hangs up, as it does when it stops or when
+    answers are not taken within seconds.
+    """
+    message = {"method": f"{varlink.INTERFACE}.{method}", "parameters": parameters or {}, "more": True}
+    buffer = bytearray()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        _connect(sock, os.path.join(runtime_dir, varlink.SOCKET), time.monotonic() + TIMEOUT)
+        try:
+            _send(sock, varlink.encode(message))
+            while chunk := sock.recv(1 << 16):
+                buffer += chunk
+                while (end := buffer.find(b"\0")) >= 0:
+                    answer = bytes(buffer[:end])
+                    del buffer[: end + 1]
+                    yield varlink.result(answer)
+        except OSError as error:
+            raise ControlError(f"cannot {method.lower()}: {error.strerror}") from None
+    raise ControlError(f"cannot {method.lower()} any longer: the daemon hung up")
 
 
 def _connect(sock: socket.socket, path: str, deadline: float) -> None:

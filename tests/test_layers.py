@@ -21,7 +21,7 @@ PURE = frozenset({
     "effective", "units",
     "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths", "cost", "changes",
     "remarks",
-    "explain", "status", "snapshot", "events", "tables", "topology",
+    "explain", "status", "snapshot", "events", "timestamp", "tables", "topology",
     "netfiles", "firewalls", "neighbours", "conflicts", "precedence", "occupied",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -39,7 +39,8 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("report", frozenset({"report"})),  # what people are told of all that
     ("offline", frozenset({"offline", "machine"})),  # what the daemon does at its start and end, or the CLI
     ("daemon", frozenset({"daemon"})),
-    ("demo", frozenset({"demo", "watch", "use"})),  # commands that live on for a while
+    ("demo", frozenset({"demo", "watch", "history", "use"})),  # commands that live on for a while
+    ("arguments", frozenset({"arguments"})),  # the words of the command line
     ("cli", frozenset({"cli"})),
     ("main", frozenset({"__main__"})),
 )  # fmt: skip

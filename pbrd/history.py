@@ -1,0 +1,240 @@
+"""`pbrd events`: the past transitions, and those to come, from systemd's journal or from the daemon's ring.
+
+The journal is read by journalctl: it is there wherever a journal is, and knows every format of its files.
+systemd-python's Reader would be a compiled dependency, and parses no times.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from pbrd.client import call, follow
+from pbrd.errors import ControlError, NotRunning, PbrdError
+from pbrd.events import IDS, from_journal
+from pbrd.timestamp import parse
+
+Document = dict[str, Any]
+
+JOURNALS = ("/var/log/journal", "/run/log/journal")
+RING = 1000  # more than the daemon keeps is not to be had from it
+LAST = 10  # events to begin with when following, as journalctl has it
+PAUSE = 1.0  # seconds between two tries to reach a daemon that has gone
+HEAD = ("TIME", "EVENT", "WHAT", "CHANGE", "WHY")
+WIDTHS = (23, 15, 8, 18, 0)  # at least, so that the columns of one who follows stand still
+COLOURS = {
+    "uplink-up": "32",
+    "failback": "32",
+    "uplink-down": "31",
+    "reload-refused": "31",
+    "flushed": "31",
+    "uplink-degraded": "33",
+    "uplink-recovering": "33",
+    "failover": "33",
+    "drift-repaired": "33",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which events: since when, of which uplink or policy ("" is any), how many, and those to come."""
+
+    since: datetime | None
+    uplink: str
+    policy: str
+    lines: int | None
+    follow: bool
+
+    def has(self, event: Document) -> bool:
+        """Say whether an event is one of them, but for `lines`."""
+        if self.since is not None and datetime.fromisoformat(event["time"]) < self.since:
+            return False
+        if not self.uplink and not self.policy:
+            return True
+        named = ((self.uplink, event["uplink"]), (self.policy, event["policy"]))
+        return any(name and name == found for name, found in named)
+
+    @property
+    def last(self) -> int | None:
+        """How many of the past ones to show; None is all."""
+        if self.lines is None and self.follow and self.since is None:
+            return LAST
+        return self.lines
+
+
+def show(runtime_dir: str, wanted: Wanted, *, as_json: bool, colour: bool) -> int:
+    """Print what is wanted; return 0. Raises NotRunning if there is neither a journal nor a daemon."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    found = _source(runtime_dir, wanted)
+    try:
+        if as_json:
+            for event in found:
+                print(json.dumps(event, ensure_ascii=False), flush=wanted.follow)
+        else:
+            _print_table(found, wanted.follow, colour)
+    except KeyboardInterrupt:
+        if not wanted.follow:
+            raise
+    return 0
+
+
+def since(text: str) -> datetime:
+    """Return the moment that `--since` means; raises PbrdError."""
+    return parse(text, datetime.now().astimezone())
+
+
+# --- where from -------------------------------------------------------------------------------
+
+
+def _source(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
+    """Choose the journal if the daemon writes there and we may read it, else its ring."""
+    readable = shutil.which("journalctl") is not None and _may_read()
+    try:
+        logs_there = call(runtime_dir, "Monitor")["journal"]
+    except NotRunning:
+        if not readable:
+            raise
+        logs_there = True
+    if logs_there and readable:
+        return _journal(runtime_dir, wanted)
+    if logs_there:
+        print(
+            "pbrd: these are the events since the daemon started; older ones are in the journal, "
+            "which root and the groups systemd-journal and adm may read",
+            file=sys.stderr,
+        )
+    return _ring(runtime_dir, wanted)
+
+
+def _may_read() -> bool:
+    """Say whether the system's journal can be read by us."""
+    files = chain.from_iterable(Path(journal).glob("*/system.journal") for journal in JOURNALS)
+    return any(os.access(file, os.R_OK) for file in files)
+
+
+def _journal(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
+    argv = ["journalctl", "--quiet", "--no-pager", "--all", "--output=json", "--identifier=pbrd"]
+    if wanted.since is not None:
+        argv.append(f"--since=@{wanted.since.timestamp():.6f}")
+    if wanted.last is not None:
+        argv.append(f"--lines={wanted.last}")
+    if wanted.follow:
+        argv.append("--follow")
+    argv += _matches(os.path.abspath(runtime_dir), wanted)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as journalctl:
+        assert journalctl.stdout is not None and journalctl.stderr is not None  # noqa: S101, PT018 - for mypy
+        try:
+            for line in journalctl.stdout:
+                yield from_journal(_text(json.loads(line)))
+        finally:
+            if journalctl.poll() is None and wanted.follow:
+                journalctl.terminate()
+        if journalctl.wait():
+            raise PbrdError(f"cannot read the journal: {journalctl.stderr.read().strip()}")
+
+
+def _matches(runtime_dir: str, wanted: Wanted) -> list[str]:
+    """Return journalctl's matches. One of MESSAGE_ID's, and (where both are asked for) one of the names."""
+    every = [f"MESSAGE_ID={identifier}" for identifier in IDS.values()] + [f"PBRD_RUNTIME_DIR={runtime_dir}"]
+    named = [f"PBRD_UPLINK={wanted.uplink}"] * bool(wanted.uplink)
+    named += [f"PBRD_POLICY={wanted.policy}"] * bool(wanted.policy)
+    groups = [[*every, name] for name in named] or [every]
+    return groups[0] + [word for group in groups[1:] for word in ("+", *group)]
+
+
+def _text(entry: Document) -> dict[str, str]:
+    """Return an entry's fields as text: journalctl writes as bytes what it holds for unprintable."""
+    return {
+        name: bytes(value).decode(errors="replace") if isinstance(value, list) else str(value)
+        for name, value in entry.items()
+    }
+
+
+def _ring(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
+    """Yield the daemon's own events. Its restart is waited for: a new daemon begins a new ring."""
+    if not wanted.follow:
+        answer = call(runtime_dir, "Monitor", {"history": RING})
+        yield from _last(answer["events"], wanted)
+        return
+    newest = None
+    while True:
+        begun = False
+        try:
+            for answer in follow(runtime_dir, "Monitor", {"history": RING}):
+                events = answer["events"]
+                if newest is None:
+                    yield from _last(events, wanted)
+                else:
+                    fresh = events if begun else [event for event in events if event["time"] > newest]
+                    yield from filter(wanted.has, fresh)
+                if answer["missed"]:
+                    print(f"pbrd: {answer['missed']} events were missed", file=sys.stderr)
+                begun, newest = True, max([newest or "", *(event["time"] for event in events)])
+        except ControlError:
+            if newest is None:
+                raise
+        print("pbrd: the daemon has gone; waiting for it", file=sys.stderr)
+        while _is_away(runtime_dir):
+            time.sleep(PAUSE)
+
+
+def _is_away(runtime_dir: str) -> bool:
+    with suppress(ControlError):
+        call(runtime_dir, "Monitor")
+        return False
+    return True
+
+
+def _last(events: Sequence[Document], wanted: Wanted) -> list[Document]:
+    found = [event for event in events if wanted.has(event)]
+    return found if wanted.last is None else found[max(0, len(found) - wanted.last) :]
+
+
+# --- for people -------------------------------------------------------------------------------
+
+
+def _print_table(events: Iterator[Document], following: bool, colour: bool) -> None:
+    """Print aligned lines; all at once, or each as it comes, in columns of fixed widths."""
+    rows = ((event["event"], row(event)) for event in events)
+    if following:
+        print(_line(HEAD, WIDTHS, "1" if colour else ""), flush=True)
+        for kind, cells in rows:
+            print(_line(cells, WIDTHS, COLOURS.get(kind, "") if colour else ""), flush=True)
+        return
+    all_rows = list(rows)
+    if not all_rows:
+        print("no events", file=sys.stderr)
+        return
+    widths = [max(len(cells[column]) for cells in (HEAD, *(c for _, c in all_rows))) for column in range(4)]
+    print(_line(HEAD, [*widths, 0], "1" if colour else ""))
+    for kind, cells in all_rows:
+        print(_line(cells, [*widths, 0], COLOURS.get(kind, "") if colour else ""))
+
+
+def row(event: Document) -> tuple[str, ...]:
+    """Return the cells of one event: local time, kind, whose it is, "old → new", why."""
+    local = datetime.fromisoformat(event["time"]).astimezone()
+    whose = event["uplink"] or event["policy"] or "-"
+    change = f"{event['old'] or '-'} → {event['new'] or '-'}" if event["old"] or event["new"] else "-"
+    why = event["reason"] if event["uplink"] or event["policy"] else event["message"]
+    first, _, more = (why or "-").partition("\n")
+    time_ = local.isoformat(" ", "milliseconds")[:23]
+    return time_, event["event"], whose, change, f"{first} …" if more else first
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], colour: str) -> str:
+    """Join cells; the second is the coloured one, or all of the head's."""
+    padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)]
+    if colour:
+        padded[1] = f"\x1b[{colour}m{padded[1]}\x1b[0m"
+    return "  ".join(padded).rstrip()
