@@ -113,7 +113,7 @@ def test_only_balanced_policies_have_shares() -> None:
 def test_the_document_is_what_the_interface_declares() -> None:
     text = re.sub(r"#[^\n]*|\s+", "", control.description("io.pbrd.Daemon"))
     types = dict(re.findall(r"type(\w+?)\((.*?)\)(?=type|method)", text))
-    declared = re.search(r"methodStatus\(\)->\((.*?)\)method", text)
+    declared = re.search(r"methodStatus\(\)->\((.*?)\)(?:method|type)", text)
     assert declared
     reload = ReloadStatus("2026-11-22T17:43:48.723Z", ok=False, error="x")
     for value in (SNAPSHOT, replace(SNAPSHOT, last_reload=reload)):
