@@ -266,6 +266,7 @@ def test_status_imports_next_to_nothing(fake: Daemon) -> None:
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     imported = set(told.stderr.split())
     assert {name for name in imported if name.startswith("pbrd.")} == {
+        "pbrd.arguments",
         "pbrd.cli",
         "pbrd.client",
         "pbrd.errors",
