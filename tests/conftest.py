@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 from box import Box, NotPossible
+from hypothesis import HealthCheck, settings
 
 from pbrd.client import call
 from pbrd.errors import ControlError, LabError
