@@ -19,7 +19,7 @@ import inspect
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Handler:
     """
 
     call: Callable[[Object], Object | Awaitable[Object]]
-    stream: Callable[[Object], AsyncIterator[Object]] | None = (
+    stream: Callable[[Object], AsyncGenerator[Object, None]] | None = (
         None  # answers a call with "more", without an end
     )
     changes: bool = False  # only root may call it
@@ -230,7 +230,7 @@ class Server:
         self._next_call = turn + PACE
         await asyncio.sleep(turn - now)
 
-    async def _stream(self, sock: socket.socket, messages: AsyncIterator[Object]) -> None:
+    async def _stream(self, sock: socket.socket, messages: AsyncGenerator[Object, None]) -> None:
         """Send what comes until the client leaves, says anything, or does not take a message in time."""
         self._streams += 1
         try:
@@ -245,13 +245,15 @@ class Server:
         finally:
             self._streams -= 1
 
-    async def _send_each(self, sock: socket.socket, messages: AsyncIterator[Object]) -> None:
-        async for message in messages:
-            await self._turn()
-            async with asyncio.timeout(TAKE):
-                await asyncio.get_running_loop().sock_sendall(sock, varlink.reply(message, continues=True))
+    async def _send_each(self, sock: socket.socket, messages: AsyncGenerator[Object, None]) -> None:
+        async with contextlib.aclosing(messages):
+            async for message in messages:
+                await self._turn()
+                answer = varlink.reply(message, continues=True)
+                async with asyncio.timeout(TAKE):
+                    await asyncio.get_running_loop().sock_sendall(sock, answer)
 
-    async def _answer(self, message: bytes, root: bool) -> tuple[bytes | AsyncIterator[Object], bool]:
+    async def _answer(self, message: bytes, root: bool) -> tuple[bytes | AsyncGenerator[Object, None], bool]:
         """Return the answer (empty to a oneway call) or a stream of them, and whether we go on listening."""
         if len(message) > MESSAGE_LIMIT:
             long = varlink.BadMessage(f"the message is longer than {MESSAGE_LIMIT} bytes")
@@ -262,9 +264,11 @@ class Server:
             return varlink.error_reply(error), False
         try:
             found = await self._dispatch(request, root)
-            if isinstance(found, AsyncIterator):
+            if isinstance(found, AsyncGenerator):
                 return found, False
             answer = varlink.reply(found)
+        except varlink.Busy as error:
+            return varlink.error_reply(error), False
         except CallError as error:
             answer = varlink.error_reply(error)
         except ConfigError as error:
@@ -277,7 +281,7 @@ class Server:
             answer = varlink.error_reply(varlink.Failed(f"internal error, see the log: {error!r}"))
         return b"" if request.oneway else answer, True
 
-    async def _dispatch(self, request: varlink.Request, root: bool) -> Object | AsyncIterator[Object]:
+    async def _dispatch(self, request: varlink.Request, root: bool) -> Object | AsyncGenerator[Object, None]:
         interface, _, method = request.method.rpartition(".")
         if interface == SERVICE:
             return _describe_service(method, request)

@@ -5,7 +5,7 @@ Nobody is waited for: each follower has a bounded queue, and is told how many ev
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 PAST = 1000  # events that are kept, and that wait for one follower
@@ -66,7 +66,7 @@ class Monitor:
         events = list(self.past)[-history:] if history else []
         return self._answer(events, 0, bool(asked.get("status")))
 
-    async def follow(self, asked: Object) -> AsyncIterator[Object]:
+    async def follow(self, asked: Object) -> AsyncGenerator[Object, None]:
         """Answer a call with `more`: first as `look`, and then whenever something happens."""
         follower = Follower(bool(asked.get("status")))
         self.followers.add(follower)
