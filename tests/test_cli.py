@@ -21,6 +21,7 @@ import pytest
 from conftest import as_nobody, let_others_in
 
 from pbrd import cli, tables
+from pbrd.arguments import parser
 from pbrd.control import Handler, Server
 from pbrd.errors import ConfigError, KernelError, Problem
 
@@ -493,7 +494,7 @@ def test_a_reader_may_not_reload(fake: Daemon, capfd: pytest.CaptureFixture[str]
 def told_nobody(arguments: list[str]) -> int:
     """Run a command as nobody."""
     assert tables
-    cli.parser().format_help()
+    parser().format_help()
     return as_nobody(lambda: cli.main(arguments))
 
 

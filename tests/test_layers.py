@@ -27,8 +27,9 @@ PURE = frozenset({
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
     ("file", frozenset({"statefile"})),
-    ("codec", frozenset({"rtnetlink", "linkinfo", "varlink"})),  # bytes of the wire to values and back; no I/O
-    ("line", frozenset({"netlink", "sysctl", "netns", "journal"})),  # bytes in and out; the shells know what they mean
+    ("codec", frozenset({"rtnetlink", "linkinfo", "varlink"})),  # bytes to values and back; no I/O
+    # bytes in and out; the shells know what they mean
+    ("line", frozenset({"netlink", "sysctl", "netns", "journal"})),
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
         "hooks", "log", "monitor", "drains", "cgroups", "drift", "stdio",
