@@ -27,6 +27,7 @@ from pbrd import (
     remarks,
     systemd,
 )
+from pbrd.classrules import guard_rule
 from pbrd.drift import Drift
 from pbrd.errors import ConfigError, ControlError, KernelError
 from pbrd.judge import Judge
@@ -223,14 +224,14 @@ class Daemon:
         recycled, self.judge.recycled = self.judge.recycled, []
         self.netfilter.want("" if self.paused else self.judge.text(self.paths.standings()), recycled)
         if not self.netfilter.settled:
-            plan = plan.additions()
+            plan = plan.additions([guard_rule(self.config, family) for family in self.kernel.families])
         self.refusals.tell_blocked(plan)
         self.refusals.tell_dead_ends(self.kernel.dead_ends)
-        unchanged = target == self.wanted
+        before, unchanged = self.wanted, target == self.wanted
         self.wanted = target if self.netfilter.settled else KernelState()  # what is held back is no drift
         if self.paused or not plan:
             self.refusals.clear()
-        elif self.drift.allows(plan, unchanged, self.refusals.counts):
+        elif self.drift.allows(plan, before, unchanged, self.refusals.counts):
             retry = self.refusals.note(plan, self.kernel.apply(plan))
             if retry is not None:
                 self.later(retry)

@@ -6,11 +6,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pbrd.events import Event, drift_repaired
-from pbrd.plan import Plan
+from pbrd.objects import KernelState
+from pbrd.plan import Item, Plan, Verb
 
 BURST = 100  # repairs at full speed: a restart of systemd-networkd takes up to a handful
 REFILL = 2.0  # repairs a second in an endless fight
 QUIET = 1.0  # seconds without a repair that end a burst
+
+
+def repairs(plan: Plan, wanted: KernelState) -> list[str]:
+    """Return the lines of those steps of `plan` that undo what others did since `wanted` was in the kernel.
+
+    They put back what was wanted before, too, or remove what was not: what comes or goes because we want
+    something else is no repair. Nothing `wanted` is what starts and reloads begin with: they repair nothing.
+    """
+    if wanted == KernelState():
+        return []
+    known: frozenset[Item] = wanted.routes | wanted.rules | wanted.sysctls
+    return [plan.text(step) for step in plan.steps if (step.verb is Verb.DELETE) == (step.item not in known)]
 
 
 class Drift:
@@ -25,23 +38,24 @@ class Drift:
         self.timer: asyncio.TimerHandle | None = None
         self.fighting = False
 
-    def allows(self, plan: Plan, unchanged: bool, refused: Mapping[str, int]) -> bool:
-        """Say whether `plan` may be applied now. It is a repair if what we want is `unchanged`.
+    def allows(self, plan: Plan, wanted: KernelState, unchanged: bool, refused: Mapping[str, int]) -> bool:
+        """Say whether `plan` may be applied now, and note what it repairs; `wanted` is what was before.
 
-        Steps that the kernel refused before are a retry, not a repair.
+        Only if that is `unchanged` it may have to wait: no fight holds up a failover. Steps that the kernel
+        refused before are a retry, not a repair.
         """
-        lines = [line for line in plan.lines() if line not in refused]
-        if not unchanged or not lines:
+        lines = [line for line in repairs(plan, wanted) if line not in refused]
+        if not lines:
             return True
         now = time.monotonic()
         self.credit = min(BURST, self.credit + (now - self.counted) * REFILL)
         self.counted = now
         loop = asyncio.get_running_loop()
-        if self.credit < 1:
+        if self.credit < 1 and unchanged:
             loop.call_later(1 / REFILL, self.wake)
             self._tell_fight(lines)
             return False
-        self.credit -= 1
+        self.credit = max(0.0, self.credit - 1)
         self.repairs += 1
         self.burst += lines
         if self.timer is not None:

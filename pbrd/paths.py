@@ -60,6 +60,7 @@ class Paths:
             if rest > 0:
                 again = rest if again is None else min(again, rest)
             else:
+                self._gone.pop(key, None)
                 health.path(fault, now)
         return again
 
@@ -69,6 +70,11 @@ class Paths:
             self._gone.pop(key, None)
             return 0.0
         return self._gone.setdefault(key, now) + GATEWAY_HOLD - now
+
+    @property
+    def held(self) -> bool:
+        """Whether the loss of some gateway is not believed yet."""
+        return bool(self._gone)
 
     def standings(self) -> dict[Key, Standing]:
         """Return what health says of every uplink and family."""

@@ -61,7 +61,9 @@ class Report:
         self.shown: status.Snapshot | None = None
 
     def publish(self, paused: bool) -> None:
-        """Tell what has happened since the last time."""
+        """Tell what has happened since the last time; nothing while a gateway may come back in a moment."""
+        if self.shown is not None and self.paths.held:
+            return
         now = self.snapshot(paused)
         for event in events.between(self.shown, now) if self.shown else ():
             self.sinks.tell(event)

@@ -5,6 +5,7 @@ import re
 import time
 from pathlib import Path
 from signal import SIGHUP, SIGKILL, SIGTERM, SIGUSR1
+from subprocess import DEVNULL
 
 import pytest
 from conftest import HEAD, PROBE, UPLINKS, Leaving, StartDaemon, Writes, all_up, eventually
