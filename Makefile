@@ -5,7 +5,7 @@
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-pure check lint types layers format install uninstall clean
+.PHONY: help setup demo test test-pure check lint types layers format install uninstall deb clean
 
 # PYTHON chooses the interpreter: `make PYTHON=python3.12 test` works in .venv-3.12, beside the usual .venv.
 PYTHON ?=
@@ -32,10 +32,7 @@ PURE := errors settings values document uplinks caveats config marks classes cla
 PURE_TESTS = $(wildcard $(foreach module,$(PURE),tests/test_$(module).py tests/test_$(module)_*.py))
 
 PREFIX ?= /usr/local
-# systemd reads units below /usr and /usr/local; for any other PREFIX they go where the administrator's are.
-UNITDIR ?= $(if $(filter /usr /usr/local,$(PREFIX)),$(PREFIX)/lib/systemd/system,/etc/systemd/system)
-SYSUSERSDIR ?= $(if $(filter /usr,$(PREFIX)),$(PREFIX)/lib/sysusers.d,/etc/sysusers.d)
-LIBDIR := $(PREFIX)/lib/pbrd
+DESTDIR ?=
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -72,48 +69,19 @@ format: setup ## put the code into shape
 	$(BIN)/ruff check --fix-only --exit-zero --quiet .
 	$(BIN)/ruff format .
 
-# Built from a copy, so that nothing is written into the source folder, and a stale build/ can't leak into it.
-# With DESTDIR the virtual environment is built below it and then told its real place.
+# What belongs where stands in packaging/install, by which the Debian package goes, too.
+export PREFIX DESTDIR
 install: ## install below PREFIX, with the systemd unit; keeps every config that is there
-	@set -eu; umask 022; \
-	python=$(or $(PYTHON),/usr/bin/python3); \
-	if [ -z "$(DESTDIR)" ]; then \
-	    [ "$$(id -u)" -eq 0 ] || { echo 'install: needs root: sudo make install' >&2; exit 1; }; \
-	    python=$$(tools/setup --system-only $(PYTHON)); \
-	fi; \
-	source=$$(mktemp -d); trap 'rm -rf "$$source"' EXIT; \
-	cp -R pyproject.toml README.md LICENSE pbrd "$$source"; \
-	rm -rf "$(DESTDIR)$(LIBDIR)"; install -d "$(DESTDIR)$(PREFIX)/lib"; \
-	"$$python" -m venv "$(DESTDIR)$(LIBDIR)"; \
-	pip="$(DESTDIR)$(LIBDIR)/bin/python -m pip --quiet --disable-pip-version-check --no-input install --no-compile"; \
-	$$pip "$$source[systemd]" >"$$source/pip.log" 2>&1 || { $$pip "$$source"; \
-	    echo 'install: systemd-python cannot be built here: going on without the native journal' >&2; }; \
-	grep -rIl "$(DESTDIR)$(LIBDIR)" "$(DESTDIR)$(LIBDIR)/bin" "$(DESTDIR)$(LIBDIR)/pyvenv.cfg" \
-	    | xargs -r sed -i 's|$(DESTDIR)$(LIBDIR)|$(LIBDIR)|g'; \
-	"$(DESTDIR)$(LIBDIR)/bin/python" -m compileall -q -f $(if $(DESTDIR),-s "$(DESTDIR)" -p /) "$(DESTDIR)$(LIBDIR)/lib"
-	@install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(UNITDIR)" "$(DESTDIR)$(SYSUSERSDIR)" \
-	    "$(DESTDIR)/etc/pbrd/conf.d" "$(DESTDIR)/etc/iproute2/rt_protos.d"
-	@ln -sfn $(LIBDIR)/bin/pbrd "$(DESTDIR)$(PREFIX)/bin/pbrd"
-	@sed 's|/usr/bin/pbrd|$(PREFIX)/bin/pbrd|' systemd/pbrd.service >"$(DESTDIR)$(UNITDIR)/pbrd.service"
-	@chmod 644 "$(DESTDIR)$(UNITDIR)/pbrd.service"
-	@install -m 644 packaging/sysusers.d/pbrd.conf "$(DESTDIR)$(SYSUSERSDIR)/pbrd.conf"
-	@install -m 644 etc/pbrd.toml "$(DESTDIR)/etc/pbrd/pbrd.toml.example"
-	@install -m 644 etc/iproute2/rt_protos.d/pbrd.conf "$(DESTDIR)/etc/iproute2/rt_protos.d/pbrd.conf"
-	@[ -n "$(DESTDIR)" ] || getent group pbrd >/dev/null || systemd-sysusers "$(SYSUSERSDIR)/pbrd.conf" 2>/dev/null \
-	    || groupadd --system pbrd
-	@[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
-	@echo "installed: $(DESTDIR)$(PREFIX)/bin/pbrd. Next: write /etc/pbrd/pbrd.toml (pbrd.toml.example"
-	@echo "is beside it), run 'pbrd check', then 'systemctl enable --now pbrd'."
+	@set -eu; python=$(or $(PYTHON),/usr/bin/python3); \
+	[ -n "$(DESTDIR)" ] || [ "$$(id -u)" -eq 0 ] || { echo 'install: needs root: sudo make install' >&2; exit 1; }; \
+	[ -n "$(DESTDIR)" ] || python=$$(tools/setup --system-only $(PYTHON)); \
+	PYTHON=$$python packaging/install
 
 uninstall: ## take it away again; configs and state stay
-	@[ -n "$(DESTDIR)" ] || [ "$$(id -u)" -eq 0 ] || { echo 'uninstall: needs root: sudo make uninstall' >&2; exit 1; }
-	@[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || systemctl disable --now pbrd.service 2>/dev/null || true
-	@[ -n "$(DESTDIR)" ] || [ ! -x "$(PREFIX)/bin/pbrd" ] || "$(PREFIX)/bin/pbrd" flush \
-	    || echo 'uninstall: pbrd flush failed: look at `ip rule` and `ip route show table all proto 112`' >&2
-	rm -rf "$(DESTDIR)$(LIBDIR)"
-	rm -f "$(DESTDIR)$(PREFIX)/bin/pbrd" "$(DESTDIR)$(UNITDIR)/pbrd.service" "$(DESTDIR)$(SYSUSERSDIR)/pbrd.conf" \
-	    "$(DESTDIR)/etc/pbrd/pbrd.toml.example" "$(DESTDIR)/etc/iproute2/rt_protos.d/pbrd.conf"
-	@[ -n "$(DESTDIR)" ] || [ ! -d /run/systemd/system ] || systemctl daemon-reload
+	@packaging/install --remove
+
+deb: ## build the Debian package into dist/; installs what that takes
+	@packaging/build-deb
 
 clean: ## remove what make has built in this folder
 	@set -e; rubbish=$$(find . -path ./.git -prune -o \( -name '.venv*' -o -name __pycache__ -o -name '*.egg-info' \

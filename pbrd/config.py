@@ -143,7 +143,7 @@ def _text(file: Path, report: Report, pipe: bool = False) -> str:
     try:
         return _read_utf8(str(file), pipe)
     except FileNotFoundError:
-        report.add(str(file), "", "there is no such file; write one, as in the example pbrd.toml.example")
+        report.add(str(file), "", "there is no such file; write one, as in share/doc/pbrd/examples/pbrd.toml")
     except OSError as error:
         report.add(str(file), "", f"cannot read it: {error.strerror}; it must be a readable file")
     except UnicodeDecodeError as error:

@@ -733,7 +733,7 @@ class TestFiles:
         with pytest.raises(ConfigError) as caught:
             load(tmp_path / "pbrd.toml")
         assert str(caught.value) == (
-            f"{tmp_path}/pbrd.toml: there is no such file; write one, as in the example pbrd.toml.example"
+            f"{tmp_path}/pbrd.toml: there is no such file; write one, as in share/doc/pbrd/examples/pbrd.toml"
         )
 
     def test_an_unreadable_fragment_hides_no_other_problem(self, tmp_path: Path) -> None:
