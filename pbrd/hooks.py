@@ -134,7 +134,7 @@ class Hooks:
                     try:
                         await self._run(hook, facts)
                     except OSError as error:  # no process, no descriptor left
-                        self.log.warning("hook cannot be run", hook=hook.name, reason=str(error))
+                        self.log.warning(f"hook {hook.name} cannot be run", hook=hook.name, reason=str(error))
             if self.dropped:
                 self.log.warning("hooks have caught up", dropped=self.dropped)
                 self.dropped = 0
@@ -146,7 +146,9 @@ class Hooks:
         for path, reason in refused.items():
             if self.refused.get(path) != reason:
                 self.log.error(
-                    "hook is not run: it must be for root alone to write", hook=path.name, reason=reason
+                    f"hook {path.name} is not run: only root may be able to write it",
+                    hook=path.name,
+                    reason=reason,
                 )
         self.refused = refused
         return hooks
@@ -174,11 +176,11 @@ class Hooks:
     def _tell(self, hook: Path, event: str, code: int | None, in_time: bool) -> None:
         if not in_time:
             self.log.warning(
-                "hook ended: it took too long", hook=hook.name, on=event, limit=f"{self.limit:g} s"
+                f"hook {hook.name} was ended: it took longer than {self.limit:g} s", hook=hook.name, on=event
             )
         elif code is not None and code != 0:
             how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-            self.log.warning("hook failed", hook=hook.name, on=event, reason=how)
+            self.log.warning(f"hook {hook.name} failed", hook=hook.name, on=event, reason=how)
 
     async def _wait(self, process: "subprocess.Popen[bytes]") -> bool:
         """Wait for the end of a hook, or end it with all its session's processes; say whether it was in time.
@@ -276,9 +278,8 @@ class Output:
         if self._begun:
             self._line(self._begun)
         if self.lines > OUTPUT_LINES:
-            self.log.warning(
-                "hook printed more than is told", hook=self.hook, lines=self.lines - OUTPUT_LINES
-            )
+            more = self.lines - OUTPUT_LINES
+            self.log.warning(f"hook {self.hook} printed {more} more lines", hook=self.hook)
 
     def _read(self, fd: int) -> bool:
         """Take in one chunk; say whether there may be more."""

@@ -23,6 +23,7 @@ from pbrd.events import IDS, Event  # noqa: E402
 
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}  # syslog(3)
 DAEMON = "3"  # the facility, syslog(3)
+SAID = frozenset({"hook"})  # facts that their sentences name
 PIPE_BUF = 4096  # bytes; a pipe that says it is writable takes so much at once (pipe(7))
 
 Document = dict[str, Any]  # what structlog hands from processor to processor
@@ -73,6 +74,8 @@ def _for_people(_: Any, __: str, document: Document) -> Document:
     """Leave an event's sentence alone: it says what the facts say."""
     if document.pop("happened", None):
         document.pop("time")
+    for name in SAID & document.keys():
+        del document[name]
     return document | {
         name: _text(value) for name, value in document.items() if isinstance(value, dict | list)
     }
@@ -104,8 +107,8 @@ def fields(method: str, document: Document, always: Mapping[str, str]) -> dict[s
         own |= {name: value for name, value in happened.facts().items() if value}
     else:
         own.setdefault("time", datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"))
-        if rest:
-            message += ": " + ", ".join(f"{name}={_text(value)}" for name, value in rest.items())
+        facts = [f"{name}={_text(value)}" for name, value in rest.items() if name not in SAID]
+        message += f": {', '.join(facts)}" if facts else ""
     if exception:
         message, own["exception"] = f"{message}\n{exception}", exception
     return entry | {"MESSAGE": message} | {journal.field(f"PBRD_{name}"): own[name] for name in own}
