@@ -11,6 +11,7 @@ from typing import Any
 
 from pbrd.errors import Problem
 from pbrd.settings import (
+    KILL_SWITCHES,
     MAIN,
     Config,
     Daemon,
@@ -38,7 +39,6 @@ MATCH_GAPS: tuple[Gap, ...] = ()
 
 GATEWAY_KEYS = {Family.IPV4: "gateway", Family.IPV6: "gateway6"}
 EXAMPLES = {Family.IPV4: "1.1.1.1", Family.IPV6: "2606:4700:4700::1111"}  # of targets
-KILL_SWITCHES = frozenset({Fallback.UNREACHABLE, Fallback.BLACKHOLE, Fallback.PROHIBIT})
 
 
 def _gaps(table: Sequence[Gap], thing: object) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ share a class, and however many there are, classes are few.
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from pbrd.settings import Config, Failback, Fallback, Policy
+from pbrd.settings import KILL_SWITCHES, Config, Failback, Fallback, Match, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,21 @@ def weight(policy: Policy) -> int:
 def too_many(config: Config) -> bool:
     """Say whether the policies are too many to be rules of their own: each costs every packet 17 ns."""
     return sum(weight(policy) for policy in config.policies if not needs_nft(policy)) > NATIVE_RULES
+
+
+def concerns(match: Match, local: bool) -> bool:
+    """Say whether `match` can hold for traffic of this host (`local`), or for that of others."""
+    if local:
+        return not match.mac and (not match.iif or "lo" in match.iif)
+    return not (match.user or match.group or match.unit) and match.iif != ("lo",)
+
+
+@lru_cache(maxsize=16)
+def needs_guard(config: Config) -> bool:
+    """Say whether nftables alone knows of a kill switch for the traffic of others."""
+    switches = [policy for policy in config.policies if policy.fallback in KILL_SWITCHES]
+    hidden = switches if too_many(config) else filter(needs_nft, switches)
+    return any(concerns(policy.match, local=False) for policy in hidden)
 
 
 @lru_cache(maxsize=16)

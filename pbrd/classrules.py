@@ -1,6 +1,7 @@
 """Classes as rules: where nftables has judged a connection, its mark decides, and these rules say what.
 
 priority        rule                                  for class 2 (lte, then fiber, then nothing)
+B+990           not fwmark 0/0xf8… goto B+10899       what is judged skips the rules for what is not
 B+10900         fwmark 0x0a…/0xff… lookup lte         a live connection stays on its uplink,
 B+10900         fwmark 0x09…/0xff… lookup fiber       as long as the class allows it
 B+10901         fwmark 0x08…/0xfc… lookup lte
@@ -10,16 +11,21 @@ B+10903         fwmark 0x08…/0xfc… unreachable
 
 from collections.abc import Iterator, Mapping
 
-from pbrd.classes import Class, classify, uses_nft
+from pbrd.classes import Class, classify, needs_guard, uses_nft
 from pbrd.marks import INBOUND, Marks, marks_of, pin_of
 from pbrd.objects import MAIN_TABLE, Action, Key, Rule, Standing
 from pbrd.rules import (
     CLASS_OVERRIDES,
     CLASS_OVERRIDES_WIDTH,
     CLASSES,
+    CLASSES_START,
     CLASSES_WIDTH,
     DEFAULT_PINS,
     FALLBACK_ACTION,
+    GUARD,
+    GUARD_END,
+    GUARD_PASS,
+    JUDGED,
     PINS,
     PINS_END,
     bands,
@@ -38,10 +44,16 @@ def mark_rules(
     """Yield the rules for marked packets: connections from outside, the classes, and pins of `[default]`."""
     writer = _Writer(config, family, marks_of(config), block, standings)
     yield from writer.inbound()
+    yield from writer.order()
     for place, one, first, overrides in parts(config):
         yield from writer.part(place, one, first, overrides)
     if config.default is not None:
         yield from writer.pins(0, config.default.via, writer.base + DEFAULT_PINS)
+
+
+def guard_rule(config: Config, family: Family) -> Rule:
+    """Return the rule that nothing of others may pass unless nftables has judged it."""
+    return Rule(family, config.daemon.rule_priority + GUARD, Action.BLACKHOLE)
 
 
 class _Writer:
@@ -78,6 +90,22 @@ class _Writer:
                 yield Rule(self.family, self.base + PINS + uplink.index + 1, table=uplink.table, fwmark=mark)
         came = Mark(self.marks.class_(INBOUND), self.marks.classes)
         yield Rule(self.family, self.base + PINS_END, Action.UNREACHABLE, fwmark=came)
+
+    def order(self) -> Iterator[Rule]:
+        """What nftables has judged skips the rules for what it has not.
+
+        Where a kill switch depends on it, nobody else's packet goes on unjudged (`needs_guard`): the table
+        must have gone. Exempt are those that come by an uplink, which are mostly answers.
+        """
+        judged = Mark(0, self.marks.classes)
+        start, behind = self.base + CLASSES_START, self.base + GUARD_END
+        yield Rule(self.family, self.base + JUDGED, Action.GOTO, fwmark=judged, inverted=True, goto=start)
+        yield Rule(self.family, start, Action.NOP)
+        if needs_guard(self.config):
+            for interface in ("lo", *(u.interface for u in self.config.uplinks if u.enabled)):
+                yield Rule(self.family, self.base + GUARD_PASS, Action.GOTO, iif=interface, goto=behind)
+            yield guard_rule(self.config, self.family)
+            yield Rule(self.family, behind, Action.NOP)
 
     def pins(self, place: int, names: tuple[str, ...], priority: int) -> Iterator[Rule]:
         """A live connection of this class stays on the uplink that it is on, if that is one of `names`."""

@@ -86,7 +86,7 @@ def _marks(config: Config, machine: Machine) -> Iterator[Finding]:
                 f"asks for bits that are pbrd's (daemon.fwmark_mask is {mask:#010x}); {_other_mask(config)}"
             )
         elif uses_nft(config):
-            does = "matches every packet" if rule.inverted else "matches no packet"
+            does = "matches every packet" if rule.rule.inverted else "matches no packet"
             loop = ", the tunnel's own among them, which then go into the tunnel" if is_wg_quick(rule) else ""
             remedy = (
                 WG_QUICK if loop else f"give it a mask: fwmark {mark.value:#x}/{mark.mask & ~mask & ALL:#x}"

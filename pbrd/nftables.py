@@ -4,7 +4,7 @@ A child `nft -f -` makes the changes. libnftables inside the daemon would be qui
 for ten rules), but 5,000 rules would stop the loop for 200 ms and leave 20 MiB behind.
 
 A replacement keeps the base chains. Were the table deleted and made again in one transaction, the kernel
-would for some milliseconds ask both tables' chains, the old ones last and with their sets already empty;
+would for some milliseconds ask both tables' chains, the old ones last and with their maps already empty;
 base chains that stay get their new rules all at once.
 
 What lies in the kernel proves itself. The first and the last thing a replacement makes are the empty chains

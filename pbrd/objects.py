@@ -23,6 +23,8 @@ class Action(Enum):
     UNREACHABLE = "unreachable"
     BLACKHOLE = "blackhole"
     PROHIBIT = "prohibit"
+    GOTO = "goto"
+    NOP = "nop"  # only a place to go to
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +71,17 @@ class Rule:
     dport: Range | None = None
     dscp: int | None = None
     suppress_prefixlength: int | None = None
+    inverted: bool = False  # `not`: for what the selectors do not match
+    goto: int = 0  # the priority of the next rule to ask
     raw: bytes = b""  # as read, where it is of a kind that pbrd never makes: only to delete it
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignRule:
-    """A rule of others. `goto` is the priority that it jumps to, in place of its action; 0 is none."""
+    """A rule of others."""
 
     rule: Rule
     protocol: int  # FRA_PROTOCOL: who says to have made it
-    inverted: bool = False  # `not`
-    goto: int = 0
     odd: bool = False  # narrowed by what `Rule` has no word for (tos, l3mdev, tunnel ids), or does nothing
 
 

@@ -97,7 +97,7 @@ class _Occupied:
     def rules(self) -> Iterator[Finding]:
         """Rules of others that look into the table: they fall through as soon as pbrd empties it."""
         first = self.config.daemon.rule_priority
-        looking = [r.rule for r in self.machine.rules if r.rule.table == self.table and not r.goto]
+        looking = [r.rule for r in self.machine.rules if r.rule.table == self.table and not r.rule.goto]
         files = [entry for entry in self.entries if entry.kind == "rule"]
         if not looking and not files:
             return

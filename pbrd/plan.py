@@ -14,7 +14,7 @@ old nor the new state would have chosen for it.
   has no use for are emptied last, when nothing looks there any more.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import chain
@@ -57,14 +57,17 @@ class Plan:
     def __str__(self) -> str:
         return "".join(f"{line}\n" for line in self.lines())
 
-    def additions(self) -> "Plan":
+    def additions(self, guards: Collection[Rule] = ()) -> "Plan":
         """Return the plan without the removal of rules, and of what they look at.
 
-        While another nftables table is on its way, packets bear the old marks: their rules must stay.
+        While another nftables table is on its way, packets bear the old marks: their rules must stay. And
+        rules that let nothing pass without a mark (`guards`) must not come yet, but may go.
         """
         leaving = {s.item.table for s in self.steps if s.verb is Verb.DELETE and isinstance(s.item, Rule)}
 
         def may_go(step: Step) -> bool:
+            if step.item in guards:
+                return step.verb is Verb.DELETE
             if step.verb is Verb.DELETE:
                 return isinstance(step.item, Route) and step.item.table in self.live
             # A table that they look at may be another uplink's from now on: so it stays empty until they go.
@@ -140,8 +143,9 @@ def _rule_steps(current: frozenset[Rule], desired: frozenset[Rule]) -> Iterator[
         yield Step(Verb.DELETE, rule)
 
 
-def _rule_place(rule: Rule) -> tuple[int, int, str]:
-    return rule.family, rule.priority, rule_text(rule, {})
+def _rule_place(rule: Rule) -> tuple[bool, int, int, str]:
+    """Sort from the top down, but first the places that others go to: these decide nothing themselves."""
+    return rule.action is not Action.NOP, rule.family, rule.priority, rule_text(rule, {})
 
 
 # --- words ------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ def route_text(route: Route, tables: dict[int, str]) -> str:
 
 def rule_text(rule: Rule, tables: dict[int, str]) -> str:
     """Return a rule as `ip rule` would show it."""
-    words = [f"priority {rule.priority}", f"from {prefix_text(rule.source)}"]
+    words = [f"priority {rule.priority}", *(["not"] * rule.inverted), f"from {prefix_text(rule.source)}"]
     if rule.destination is not None:
         words.append(f"to {prefix_text(rule.destination)}")
     if rule.fwmark is not None:
@@ -182,6 +186,8 @@ def rule_text(rule: Rule, tables: dict[int, str]) -> str:
         words.append(f"lookup {table_text(rule.table, tables)}")
         if rule.suppress_prefixlength is not None:
             words.append(f"suppress_prefixlength {rule.suppress_prefixlength}")
+    elif rule.action is Action.GOTO:
+        words.append(f"goto {rule.goto}")
     else:
         words.append(rule.action.value)
     return " ".join(words)

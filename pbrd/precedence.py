@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from pbrd.caveats import KILL_SWITCHES
 from pbrd.neighbours import Finding, Machine
 from pbrd.objects import MAIN_TABLE, Action, ForeignRule
 from pbrd.occupied import tables_of
 from pbrd.plan import rule_text
-from pbrd.settings import Config, Family
+from pbrd.settings import KILL_SWITCHES, Config, Family
 
 OWNED = 22_000  # priorities from `daemon.rule_priority` on
 KERNEL_MAIN = 32766  # priority of `lookup main`
@@ -67,16 +66,23 @@ def takes_all(rule: ForeignRule, machine: Machine) -> bool:
     """Say whether packets without a mark go no further than this rule, wherever they come from or go to."""
     selected = rule.rule
     bare = replace(
-        selected, priority=0, action=Action.LOOKUP, table=0, fwmark=None, suppress_prefixlength=None
+        selected,
+        priority=0,
+        action=Action.LOOKUP,
+        table=0,
+        fwmark=None,
+        suppress_prefixlength=None,
+        inverted=False,
+        goto=0,
     )
     everything = bare == type(selected)(selected.family, 0)
     marked = selected.fwmark is not None and selected.fwmark.value != 0
-    if rule.odd or (not rule.inverted and (not everything or marked)):
+    if rule.odd or (not rule.rule.inverted and (not everything or marked)):
         return False
-    if rule.inverted and everything and not marked:
+    if rule.rule.inverted and everything and not marked:
         return False  # "not from all": nothing
-    if rule.goto:
-        return rule.goto >= KERNEL_MAIN
+    if rule.rule.goto:
+        return rule.rule.goto >= KERNEL_MAIN
     return selected.action is not Action.LOOKUP or _leads_out(rule, machine)
 
 
@@ -116,7 +122,7 @@ def _waiting(rule: ForeignRule, first: int) -> str:
 def is_wg_quick(rule: ForeignRule) -> bool:
     """Say whether all but the tunnel's own goes into a tunnel: `not fwmark N lookup N`."""
     mark = rule.rule.fwmark
-    return rule.inverted and mark is not None and mark.value == rule.rule.table != 0
+    return rule.rule.inverted and mark is not None and mark.value == rule.rule.table != 0
 
 
 def _is_main_first(rule: ForeignRule) -> bool:
@@ -127,7 +133,7 @@ def _overtakes(rule: ForeignRule) -> bool:
     """Say whether a rule before ours may take traffic of policies: not what software marked as its own."""
     return (
         not rule.odd
-        and not rule.goto
+        and not rule.rule.goto
         and not _is_main_first(rule)
         and rule.rule.fwmark is None
         and bool(
@@ -163,10 +169,7 @@ def place_of(rule: ForeignRule) -> str:
 
 def text_of(rule: ForeignRule) -> str:
     """Return a rule's selectors and action as ip-rule(8) shows them."""
-    text = rule_text(rule.rule, {MAIN_TABLE: "main"}).partition(" from ")[2]
-    if rule.goto:
-        text = f"{text.rpartition(' lookup ')[0]} goto {rule.goto}"
-    return f"{'not ' if rule.inverted else ''}from {text}"
+    return rule_text(rule.rule, {MAIN_TABLE: "main"}).removeprefix(f"priority {rule.rule.priority} ")
 
 
 def _removal(rule: ForeignRule) -> str:

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from pbrd.caveats import KILL_SWITCHES
 from pbrd.classes import uses_nft
 from pbrd.document import did_you_mean
-from pbrd.settings import DEFAULT_POLICY, Config, Fallback
+from pbrd.settings import DEFAULT_POLICY, KILL_SWITCHES, Config, Fallback
 from pbrd.status import PolicyStatus, Snapshot, UplinkStatus
 
 NAMED = 5  # policies in one line

@@ -48,11 +48,18 @@ RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 RTN_UNICAST = 1
 ERROR_ROUTES = {6: "blackhole", 7: "unreachable", 8: "prohibit"}
 RTNH_F_ONLINK = 4
-FR_ACTIONS = {Action.LOOKUP: 1, Action.BLACKHOLE: 6, Action.UNREACHABLE: 7, Action.PROHIBIT: 8}
+FR_ACTIONS = {
+    Action.LOOKUP: 1,
+    Action.GOTO: 2,
+    Action.NOP: 3,
+    Action.BLACKHOLE: 6,
+    Action.UNREACHABLE: 7,
+    Action.PROHIBIT: 8,
+}
 NO_SUPPRESS = 0xFFFFFFFF
-FIB_RULE_INVERT, FR_ACT_NOP = 2, 3
+FIB_RULE_INVERT = 2
 # What our rules never have. Anything newer is ignored: kernels add attributes to every rule (port masks).
-FOREIGN_ATTRIBUTES = ("FRA_GOTO", "FRA_FLOW", "FRA_TUN_ID", "FRA_L3MDEV")
+FOREIGN_ATTRIBUTES = ("FRA_FLOW", "FRA_TUN_ID", "FRA_L3MDEV")
 
 # linux/netlink.h
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
@@ -117,6 +124,7 @@ def rule_request(verb: Verb, rule: Rule) -> bytes:
     message["family"] = int(rule.family)
     message["table"] = rule.table if rule.table < 256 else RT_TABLE_COMPAT
     message["action"] = FR_ACTIONS[rule.action]
+    message["flags"] = FIB_RULE_INVERT if rule.inverted else 0
     message["src_len"] = rule.source.prefixlen if rule.source else 0
     message["dst_len"] = rule.destination.prefixlen if rule.destination else 0
     message["attrs"] = [(name, value) for name, value in _rule_attributes(rule) if value not in (None, "")]
@@ -145,6 +153,7 @@ def _rule_attributes(rule: Rule) -> tuple[tuple[str, object], ...]:
         ("FRA_DPORT_RANGE", pair(rule.dport)),
         ("FRA_DSCP", rule.dscp),
         ("FRA_SUPPRESS_PREFIXLEN", rule.suppress_prefixlength),
+        ("FRA_GOTO", rule.goto or None),
     )
 
 
@@ -271,7 +280,7 @@ def error_default_of(message: bytes) -> str:
 
 
 def rule_of(message: bytes) -> tuple[int, Rule]:
-    """Return (protocol, rule) of an RTM_NEWRULE. One that pbrd never makes (`not`, goto, tos …) has `raw`."""
+    """Return (protocol, rule) of an RTM_NEWRULE. One that pbrd never makes (tos, tunnel ids …) has `raw`."""
     return _rule_of(message[16:])
 
 
@@ -280,9 +289,8 @@ def _rule_of(body: bytes) -> tuple[int, Rule]:
     """Decode a rule once: all rules are read back whenever one changes, and nearly all are as before."""
     decoded = _fib_rule(body)
     action = _action(decoded)
-    foreign = any(map(decoded.get_attr, FOREIGN_ATTRIBUTES)) or decoded["flags"] & FIB_RULE_INVERT
     protocol = decoded.get_attr("FRA_PROTOCOL") or 0
-    if action is None or foreign or decoded["tos"]:
+    if action is None or decoded["tos"] or any(map(decoded.get_attr, FOREIGN_ATTRIBUTES)):
         priority = decoded.get_attr("FRA_PRIORITY") or 0
         return protocol, Rule(Family(decoded["family"]), priority, raw=body)
     return protocol, _selected(decoded, action)
@@ -297,13 +305,11 @@ def foreign_rule_of(message: bytes) -> ForeignRule:
 def _foreign_rule_of(body: bytes) -> ForeignRule:
     decoded = _fib_rule(body)
     protocol, attribute = decoded.get_attr("FRA_PROTOCOL") or 0, decoded.get_attr
-    odd = decoded["tos"] or any(attribute(name) for name in FOREIGN_ATTRIBUTES if name != "FRA_GOTO")
+    odd = decoded["tos"] or any(map(attribute, FOREIGN_ATTRIBUTES))
     return ForeignRule(
         _selected(decoded, _action(decoded) or Action.LOOKUP),
         protocol,
-        inverted=bool(decoded["flags"] & FIB_RULE_INVERT),
-        goto=attribute("FRA_GOTO") or 0,
-        odd=bool(odd) or decoded["action"] == FR_ACT_NOP,
+        odd=bool(odd) or _action(decoded) is Action.NOP,
     )
 
 
@@ -337,6 +343,8 @@ def _selected(decoded: Any, action: Action) -> Rule:
         dport=_range(attribute("FRA_DPORT_RANGE")),
         dscp=attribute("FRA_DSCP"),
         suppress_prefixlength=None if suppress in (None, NO_SUPPRESS) else suppress,
+        inverted=bool(decoded["flags"] & FIB_RULE_INVERT),
+        goto=attribute("FRA_GOTO") or 0,
     )
 
 

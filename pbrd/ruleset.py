@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from pbrd.classes import LONG, Classification, Outcome, classify, in_turn, outcomes_of, uses_nft
+from pbrd.classes import LONG, Classification, Outcome, classify, concerns, in_turn, outcomes_of, uses_nft
 from pbrd.marks import INBOUND, Marks, marks_of, pin_of
 from pbrd.objects import Key, Standing
 from pbrd.rules import ICMP, ICMPV6
 from pbrd.settings import Config, Fallback, Family, Match, Network, Policy, Range, Sticky, Uplink
 
 SEED = 0x70627264  # of the hash that keeps a client on its uplink: the same after every restart
+BEHIND_DNAT = -90  # what leaves is judged, as by rules; and marks of others are set by then (mangle, -150)
 HERE = "{ local, broadcast, multicast }"
 ND = "{ nd-router-solicit, nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert, nd-redirect }"
 
@@ -209,9 +210,9 @@ class _Writer:
             f"ct mark & {marks.classes:#x} vmap {{ {', '.join(known)} }}",
             f"meta mark set meta mark & {self.clear(marks.classes)}",
             f"jump decide_{where}",
-            # No set has elements for a packet that is here while the table is replaced: judged without them.
-            "meta nfproto != { ipv4, ipv6 } drop",
-            f"meta mark & {marks.classes:#x} == 0x0 jump c0",
+            # While the table goes its chains are still asked, with empty maps: what they said is void.
+            "meta nfproto vmap { ipv4 : goto judged, ipv6 : goto judged }",
+            "drop",
         )
 
     def restore_pin(self) -> str:
@@ -232,6 +233,7 @@ class _Writer:
             self.restore_pin(),
             f"meta mark set meta mark & {self.clear(marks.classes)} | {marks.class_(INBOUND):#x}",
         )
+        yield chain("judged", f"meta mark & {marks.classes:#x} == 0x0 goto c0")
         yield self.leaving(local=False)
         yield self.leaving(local=True)
         yield chain("arrived", f"iifname {self.by_interface('in')}")
@@ -251,14 +253,14 @@ class _Writer:
         yield chain("passing", f"fib daddr type {HERE} return", "goto leaving_forward")
         yield chain(
             "prerouting",
-            "type filter hook prerouting priority dstnat + 10; policy accept;",
+            f"type filter hook prerouting priority {BEHIND_DNAT}; policy accept;",
             f"iifname {interfaces} goto by_uplink",
             'iifname "lo" return',
             "goto passing",
         )
         yield chain(
             "output",
-            "type route hook output priority mangle; policy accept;",
+            f"type route hook output priority {BEHIND_DNAT}; policy accept;",
             'oifname "lo" return',
             f"meta mark & {marks.mask:#x} == {marks.mask:#x} return",
             f"icmpv6 type {ND} return",
@@ -308,13 +310,6 @@ def text(config: Config, block: int, units: Mapping[str, tuple[str, ...]], usabl
         return ""
     classes = classify(config)
     return _Writer(config, marks_of(config), classes, block, units, frozenset(usable)).text()
-
-
-def concerns(match: Match, local: bool) -> bool:
-    """Say whether `match` can hold for traffic of this host (`local`), or for that of others."""
-    if local:
-        return not match.mac and (not match.iif or "lo" in match.iif)
-    return not (match.user or match.group or match.unit) and match.iif != ("lo",)
 
 
 def balanced(standings: Mapping[Key, Standing]) -> frozenset[str]:

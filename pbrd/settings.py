@@ -49,6 +49,9 @@ class Fallback(StrEnum):
     BEST_EFFORT = "best-effort"
 
 
+KILL_SWITCHES = frozenset({Fallback.UNREACHABLE, Fallback.BLACKHOLE, Fallback.PROHIBIT})
+
+
 class Failback(StrEnum):
     """Whether live connections move at once when a better uplink heals."""
 

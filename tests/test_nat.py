@@ -29,7 +29,15 @@ fallback = "unreachable"
 [default]
 via = ["fiber", "lte"]
 """
-CONFIG = HEAD + PROBE + NAT + POLICIES
+# A kill switch that the plain rules can't say: nothing passes that nftables has not judged.
+GUARD = """
+[[policies]]
+name = "nobody"
+match = { mac = ["52:54:00:00:00:01"] }
+via = ["lte"]
+fallback = "unreachable"
+"""
+CONFIG = HEAD + PROBE + NAT + GUARD + POLICIES
 
 families = pytest.mark.parametrize(
     ("source", "target"), [(LAN[0], TARGETS[0]), (LAN6[0], TARGETS6[0])], ids=["ipv4", "ipv6"]
