@@ -103,6 +103,10 @@ class Netfilter:
                     raise
                 break
             self.applied = digest(text)
+            if self.table.foreign:  # others were at it meanwhile, and `look` has heard of that already
+                self.applied = self.table.holds()
+                self.repairs += 1
+                await asyncio.sleep(REST)
 
     def follow_health(
         self, judge: Judge, standings: Mapping[Key, Standing], links: Mapping[str, Link]

@@ -113,7 +113,7 @@ class Report:
             str(self.path),
             snapshot.uplinks(view, now),
             snapshot.policies(view, before, now),
-            self.drift.repairs,
+            self.drift.repairs + self.netfilter.repairs,
             self.last_reload,
             paused,
             (known or snapshot.iso(time.time())) if paused else None,
