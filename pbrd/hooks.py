@@ -90,9 +90,10 @@ def find(directory: Path) -> tuple[list[Path], dict[Path, str]]:
 class Hooks:
     """The queue of events and the one who works on it. `log` gets what hooks print and how they fail."""
 
-    def __init__(self, directory: Path, log: Any, always: Mapping[str, str], limit: float = LIMIT) -> None:
-        """Run what is in `directory`, with the variables `always` beside those of the event."""
-        self.directory, self.log, self.always, self.limit = directory, log, dict(always), limit
+    def __init__(self, directory: Path, log: Any, runtime_dir: str, limit: float = LIMIT) -> None:
+        """Run what is in `directory`; `runtime_dir` is where a hook finds the daemon."""
+        self.directory, self.log, self.limit = directory, log, limit
+        self.environment = ENVIRONMENT | {"RUNTIME_DIRECTORY": runtime_dir, "PBRD_RUNTIME_DIR": runtime_dir}
         self.refused: dict[Path, str] = {}
         self.dropped = 0
         self._queue: deque[Mapping[str, str]] = deque()
@@ -159,7 +160,7 @@ class Hooks:
         output = Output(self.log, hook.name)
         try:
             try:
-                process = _start(hook, writing, ENVIRONMENT | _variables({**self.always, **facts}))
+                process = _start(hook, writing, self.environment | _variables(facts))
             finally:
                 os.close(writing)
             os.set_blocking(reading, False)

@@ -29,7 +29,7 @@ class Sinks:
         runtime = str(runtime_dir.absolute())
         self.log = log
         self.monitor = Monitor(status, in_journal())
-        self.hooks = Hooks(config.absolute().parent / "hooks.d", log, {"runtime_dir": runtime})
+        self.hooks = Hooks(config.absolute().parent / "hooks.d", log, runtime)
 
     def tell(self, event: Event) -> None:
         """Tell an event everywhere."""

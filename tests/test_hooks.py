@@ -51,7 +51,7 @@ def run(
     log = Log()
 
     async def work() -> None:
-        ours = Hooks(directory, log, {"runtime_dir": "/run/x"}, limit)
+        ours = Hooks(directory, log, "/run/x", limit)
         async with ours.working():
             for fact in facts:
                 ours.add(fact)
@@ -104,7 +104,7 @@ def test_a_hook_gets_a_clean_environment_and_no_file_of_ours(
         line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line
     )
     assert environment.keys() - {"PWD", "_", "OLDPWD", "SHLVL"} == {
-        *("PATH", "LANG", "HOME"),
+        *("PATH", "LANG", "HOME", "RUNTIME_DIRECTORY"),
         *("PBRD_EVENT", "PBRD_REASON", "PBRD_LONG", "PBRD_RUNTIME_DIR"),
     }
     assert set((tmp_path / "fds").read_text().split()) == {"0", "1", "2", "3"}  # 3 is what ls itself opens
