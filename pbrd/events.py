@@ -101,6 +101,8 @@ def between(before: Snapshot, after: Snapshot) -> Iterator[Event]:
     for uplink in after.uplinks:
         if uplink.name in uplinks:
             yield from _uplink(uplinks[uplink.name], uplink)
+    if before.paused or after.paused:  # a flush and a reload are events of their own
+        return
     interfaces = {uplink.name: uplink.interface for uplink in after.uplinks}
     policies = {policy.name: policy for policy in before.policies}
     for policy in after.policies:

@@ -98,6 +98,13 @@ def test_nothing_happened_between_equal_snapshots_and_to_what_only_one_knows() -
     assert list(events.between(DOWN, replace(NOW, uplinks=(), policies=()))) == []
 
 
+def test_policies_of_a_paused_daemon_neither_fail_over_nor_begin() -> None:
+    paused = replace(ASLEEP, paused=True)
+    assert list(events.between(NOW, paused)) == list(events.between(paused, NOW)) == []
+    (down,) = events.between(paused, replace(paused, uplinks=DOWN.uplinks))
+    assert down.kind == "uplink-down"
+
+
 def test_an_event_names_the_interface_that_traffic_takes_now() -> None:
     (over,) = events.between(NOW, OVER)
     (nowhere,) = events.between(NOW, NOWHERE)

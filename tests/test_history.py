@@ -1,0 +1,150 @@
+"""`pbrd events` where there is no journal: from the daemon's ring, by the real command."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HEAD, PROBE, ROOT, UPLINKS, Daemon, StartDaemon, all_up, eventually
+
+from pbrd.history import row
+from pbrd.lab import Lab
+
+CONFIG = f"""{HEAD}{PROBE}{UPLINKS}
+[default]
+via = ["fiber", "lte"]
+"""
+
+
+def said(pbrd: Daemon, *arguments: str) -> list[dict[str, Any]]:
+    told = pbrd.command("events", "--json", *arguments)
+    assert (told.returncode, told.stderr) == (0, "")
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+@pytest.fixture
+def failed_over(lab: Lab, daemon: StartDaemon) -> Daemon:
+    """A daemon whose fiber has lost its carrier and got it back."""
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: all_up(pbrd))
+    lab.carrier(0, up=False)
+    eventually(lambda: pbrd.policy("default").get("active") == "lte")
+    lab.carrier(0, up=True)
+    eventually(lambda: all_up(pbrd), within=15)
+    return pbrd
+
+
+def test_the_past_as_json_is_whole_and_can_be_filtered(failed_over: Daemon) -> None:
+    everything = said(failed_over)
+    assert everything[0]["event"] == "started"
+    fiber = [event for event in everything if event["uplink"] == "fiber"]
+    assert [event["event"] for event in fiber[-3:]] == ["uplink-down", "uplink-recovering", "uplink-up"]
+    assert said(failed_over, "--uplink", "fiber") == fiber
+    default = [event for event in everything if event["policy"] == "default"]
+    assert [event["event"] for event in default] == ["failover", "failback"]
+    assert said(failed_over, "--policy", "default") == default
+    both = [event for event in everything if event["policy"] == "default" or event["uplink"] == "fiber"]
+    assert said(failed_over, "--policy", "default", "--uplink", "fiber") == both
+    assert said(failed_over, "-n", "2") == everything[-2:]
+    assert said(failed_over, "-n", "0") == []
+    assert said(failed_over, "--since", "1h ago", "--lines", "1") == everything[-1:]
+    assert said(failed_over, "--since", everything[-1]["time"])[-1] == everything[-1]
+    assert said(failed_over, "--since", "@4000000000") == []
+    keys = ["time", "event", "uplink", "policy", "interface", "old", "new", "reason", "message", "details"]
+    assert all(list(event) == keys for event in everything)
+
+
+def test_the_past_as_a_table(failed_over: Daemon) -> None:
+    told = failed_over.command("events")
+    lines = told.stdout.splitlines()
+    assert lines[0].split() == ["TIME", "EVENT", "WHAT", "CHANGE", "WHY"]
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d [\d:.]{12}  uplink-down +fiber +up → down +no-carrier",
+        next(line for line in lines if "uplink-down" in line),
+    )
+    failover = next(line for line in lines if "failover" in line)
+    assert failover.endswith("fiber is down (no-carrier)")
+    starts = {line.index("up → down") for line in lines if "uplink-down" in line}
+    assert starts == {lines[0].index("CHANGE")} == {failover.index("fiber → lte")}
+
+
+EVENT = {
+    "time": "2026-11-22T17:43:48.723Z",
+    "event": "reload-refused",
+    "uplink": None,
+    "policy": None,
+    "old": None,
+    "new": None,
+    "reason": "one\ntwo",
+    "message": "reload refused, the running config stays:\n  one\n  two",
+}
+
+
+def test_an_event_of_the_daemon_shows_its_sentence_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        assert row(EVENT) == (
+            "2026-11-22 18:43:48.723",
+            "reload-refused",
+            "-",
+            "-",
+            "reload refused, the running config stays: …",
+        )
+        assert row(EVENT | {"event": "reload", "old": "1", "new": "2"})[3] == "1 → 2"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_a_wrong_moment_is_told_and_a_wrong_number_is_wrong_usage(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, CONFIG)
+    told = pbrd.command("events", "--since", "soon")
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr.startswith("pbrd: 'soon' is no point in time; write one as")
+    assert pbrd.command("events", "-n", "-1").returncode == 2
+    pbrd.stop()
+    assert pbrd.command("events").returncode == 3
+
+
+@contextmanager
+def follower(
+    pbrd: Daemon, directory: Path
+) -> Iterator[tuple["subprocess.Popen[bytes]", Callable[[], list[str]]]]:
+    """`pbrd events --follow --json`: its process, and what it has told until now, kind by kind."""
+    out = directory / "followed"
+    argv = [sys.executable, "-m", "pbrd", "events", "--follow", "--json", "--runtime-dir", str(pbrd.runtime)]
+    with out.open("w") as told, (directory / "errors").open("w") as errors:
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=told, stderr=errors)
+    try:
+        yield process, lambda: [json.loads(line)["event"] for line in out.read_text().splitlines()]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_following_goes_on_over_a_restart_and_ends_well_by_ctrl_c(
+    lab: Lab, daemon: StartDaemon, tmp_path: Path
+) -> None:
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: all_up(pbrd))
+    with follower(pbrd, tmp_path) as (process, events):
+        eventually(lambda: "started" in events())
+        lab.carrier(0, up=False)
+        eventually(lambda: "failover" in events())
+        pbrd.stop()
+        pbrd.restart()
+        eventually(lambda: events().count("started") == 2)
+        pbrd.command("drain", "lte")
+        eventually(lambda: "uplink-drained" in events())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        assert events().count("uplink-down") == 1
+    assert "the daemon has gone; waiting for it" in (tmp_path / "errors").read_text()
