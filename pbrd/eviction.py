@@ -5,11 +5,11 @@ must end, and soon. But nothing else: connections of other uplinks, those that c
 those which nobody else could take stay as they are (pfsense and opnsense learned each of these apart).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pbrd.classes import Class, classify, uses_nft
-from pbrd.marks import marks_of, pin_of
+from pbrd.marks import INBOUND, marks_of, pin_of
 from pbrd.objects import Key, Standing
 from pbrd.rules import by_preference, has_family, is_drained
 from pbrd.settings import MAIN, Config, Failback, Fallback, Family
@@ -30,14 +30,70 @@ def evictions(
     """Return what to evict once the routes and rules for `after` are live. Empty without nftables."""
     if not uses_nft(config):
         return ()
-    marks = marks_of(config)
-    found = []
+    ways = tuple(_ways(config))
+    found: dict[tuple[Family, str], set[int]] = {}
     for family in Family:
-        for place, one in enumerate(_ways(config)):
+        for place, one in enumerate(ways):
             for name in _leaving(config, one, family, before, after):
-                pin = pin_of(marks, config.uplink(name))
-                found.append(Eviction(family, marks.class_(block + place) | pin, marks.mask))
+                found.setdefault((family, name), set()).add(place)
+    return tuple(
+        eviction
+        for (family, name), places in found.items()
+        for eviction in _pinned(config, block, family, name, places, _naming(ways, name))
+    )
+
+
+def misplaced(config: Config, block: int) -> tuple[Eviction, ...]:
+    """Return connections that other policies have taken from an uplink without NAT to one with it.
+
+    They began without NAT and get none any more: their packets are dropped (`ruleset`) until they begin anew.
+    """
+    if not uses_nft(config):
+        return ()
+    ways = tuple(_ways(config))
+    found: list[Eviction] = []
+    for family in Family:
+        masked = {u.name for u in config.uplinks if (u.nat6 if family is Family.IPV6 else u.nat)}
+        bound = {place for place, one in enumerate(ways) if masked & {*one.uplinks}}
+        for name in {uplink.name for uplink in config.uplinks} - masked:
+            places = bound - _naming(ways, name)
+            found += _pinned(config, block, family, name, places, {*range(len(ways))})
     return tuple(found)
+
+
+def _naming(ways: Sequence[Class], name: str) -> set[int]:
+    """Return the places of the classes that may use an uplink."""
+    return {place for place, one in enumerate(ways) if name in one.uplinks}
+
+
+def _pinned(
+    config: Config, block: int, family: Family, name: str, places: set[int], others: set[int]
+) -> Iterator[Eviction]:
+    """Yield what is pinned to an uplink in these classes, but not in `others`, nor what came in from outside.
+
+    The kernel goes through all connections for each: so ranges of classes share one. Numbers that no class
+    has may be in them; connections that bear them will be judged anew.
+    """
+    marks, pin = marks_of(config), pin_of(marks_of(config), config.uplink(name))
+    kept = {0, INBOUND} | {block + place for place in others - places}
+    for first, bits in cover({block + place for place in places}, kept, marks.classes.bit_count()):
+        free = marks.class_((1 << bits) - 1)
+        yield Eviction(family, marks.class_(first) | pin, marks.mask & ~free)
+
+
+def cover(
+    wanted: Collection[int], kept: Collection[int], bits: int, first: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Yield (first, bits) of aligned ranges that together have all of `wanted` and none of `kept`."""
+    here = range(first, first + (1 << bits))
+    inside, foreign = [n for n in wanted if n in here], [n for n in kept if n in here]
+    if not inside:
+        return
+    if not foreign:
+        yield first, bits
+        return
+    for half in (first, first + (1 << bits - 1)):
+        yield from cover(inside, foreign, bits - 1, half)
 
 
 def stranded(before: Mapping[Key, Standing], after: Mapping[Key, Standing]) -> list[Key]:

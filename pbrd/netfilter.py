@@ -6,19 +6,20 @@ table speaks of the new classes, packets bear the old ones.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pbrd.conntrack import Conntrack, destroy_sockets
 from pbrd.errors import KernelError
 from pbrd.events import Event, drift_repaired
-from pbrd.eviction import Eviction, evictions, stranded
+from pbrd.eviction import Eviction, evictions, misplaced, stranded
 from pbrd.judge import Judge
 from pbrd.nftables import Table, digest
 from pbrd.objects import Key, Link, Standing
-from pbrd.settings import Address, Family, Network
+from pbrd.settings import Address, Config, Family, Network
 
 RETRY = 2.0  # seconds until a refused table is tried again
+SWEEPS = (0.1, 1.0, 10.0, 60.0)  # seconds between looks for connections that can't go on after a reload
 REST = 0.05  # seconds between two replacements: whoever can start units must not keep us busy
 
 
@@ -39,6 +40,7 @@ class Netfilter:
         self.judged: dict[Key, Standing] = {}  # the standings by which connections were last ended
         self.queue: list[tuple[Family, int, int]] = []  # evictions
         self.dead: list[tuple[tuple[Address, ...], tuple[Network, ...]]] = []
+        self.swept: tuple[Config, int] | None = None  # the policies since when `_sweep` has been at work
         self.recycled: list[tuple[Family, int, int]] = []  # to be evicted before the next replacement
         self.leaving = asyncio.Event()
         self.one_replacement = asyncio.Lock()  # a reload and `keep` may want the same one
@@ -117,6 +119,9 @@ class Netfilter:
         self.judged = dict(standings)
         stale, judge.stale = judge.stale, []
         self.evict(stale)
+        if self.swept != (judge.current, judge.block):
+            self.swept = (judge.current, judge.block)
+            self._sweep(self.swept, iter(SWEEPS))
         if before == self.judged:
             return
         self.evict(evictions(judge.current, judge.block, before, standings))
@@ -124,6 +129,12 @@ class Netfilter:
             link = links.get(judge.config.uplink(name).interface)
             mine = [a for a in link.addresses if a.local.version == family.version] if link else []
             self.abandon([a.local for a in mine], [a.prefix for a in mine])
+
+    def _sweep(self, swept: tuple[Config, int], pauses: Iterator[float]) -> None:
+        """End what other policies have moved and NAT can't follow, once its packets have been judged anew."""
+        if self.swept == swept and (found := misplaced(*swept)):
+            self.evict(found)
+            asyncio.get_running_loop().call_later(next(pauses, SWEEPS[-1]), self._sweep, swept, pauses)
 
     def evict(self, connections: Iterable[Eviction]) -> None:
         """Forget connections, soon: their next packet begins a new one."""

@@ -1,5 +1,6 @@
 """Live connections through NAT: pins, replies, failover, graceful failback; both families, real packets."""
 
+import functools
 import shutil
 import socket
 import threading
@@ -12,6 +13,7 @@ import pytest
 from conftest import HEAD, PROBE, UPLINKS, Daemon, MakeLab, StartDaemon, all_up, eventually, goes_by
 
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab, Packet
+from pbrd.packet import Flow
 
 NAT = UPLINKS.replace('"fiber"', '"fiber"\nnat = true\nnat6 = true').replace(
     '"lte"', '"lte"\nnat = true\nnat6 = true'
@@ -448,6 +450,25 @@ def test_no_private_address_leaves_by_an_uplink_with_nat(lab: Lab, daemon: Start
         eventually(lambda: goes_by(pbrd, "lte"))
         eventually(lambda: flow.exit(0.1) == "lte", within=3)
     assert private.read()["lte"] == 0
+
+
+def test_a_flow_without_nat_goes_on_where_a_reload_sends_it_to_be_masqueraded(
+    lab: Lab, daemon: StartDaemon
+) -> None:
+    """The kernel decides about NAT once in a connection's life: it has to begin anew."""
+    tail = '[default]\nvia = ["fiber"]\n'
+    half = HEAD + PROBE + UPLINKS.replace('"lte"', '"lte"\nnat = true\nnat6 = true')
+    pbrd = start(lab, daemon, half + tail)
+    for source, target in ((LAN[2], TARGETS[0]), (LAN6[2], TARGETS6[0])):
+        with closing(lab.flow(Packet(src=source, dst=target))) as flow:
+            assert pbrd.reload(half + tail).returncode == 0
+            assert flow.exit() == "fiber"
+            assert pbrd.reload(half + POLICIES).returncode == 0
+            eventually(functools.partial(leaves_by, flow, "lte"))
+
+
+def leaves_by(flow: Flow, uplink: str) -> bool:
+    return flow.exit(0.1) == uplink
 
 
 @pytest.mark.parametrize("others", [0, 600])
