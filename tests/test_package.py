@@ -273,8 +273,10 @@ def test_lintian_has_nothing_to_say(debs: Path) -> None:
     judged = subprocess.run(
         ["lintian", *options, debs / "old.deb"], check=False, text=True, capture_output=True
     )
-    assert judged.stdout == ""
-    assert judged.returncode == 0, judged.stderr
+    # One that lintian has had until Debian 12 only; to override it, where it is unknown, is an error.
+    aside = "I: pbrd: package-supports-alternative-init-but-no-init.d-script"
+    found = [line for line in judged.stdout.splitlines() if not line.startswith(aside)]
+    assert found == [], judged.stderr
 
 
 # A machine's life with it
