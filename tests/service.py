@@ -32,6 +32,7 @@ def seed(config: str = CONFIG, drop_in: str = "", *, enabled: bool = True) -> Se
     files: Seed = {
         f"/usr/lib/systemd/system/{UNIT}": (HERE / "systemd/pbrd.service").read_text(),
         "/usr/lib/sysusers.d/pbrd.conf": (HERE / "packaging/sysusers.d/pbrd.conf").read_text(),
+        "/etc/iproute2/rt_protos.d/pbrd.conf": (HERE / "etc/iproute2/rt_protos.d/pbrd.conf").read_text(),
         "/etc/pbrd/pbrd.toml": config,
     }
     if enabled:
