@@ -102,18 +102,25 @@ def in_turn(config: Config) -> tuple[Policy, ...]:
 @lru_cache(maxsize=16)
 def classify(config: Config) -> Classification:
     """Return the classes that the policies of `config` can make, in the order in which they arise."""
+    classes: list[Class] = [UNDECIDED]
     places: dict[Class, int] = {UNDECIDED: 0}
     outcomes: dict[Outcome, dict[int, int]] = {}
+    tried: dict[Outcome, int] = {}  # how many classes an outcome has met: thousands of policies share a few
     for policy in in_turn(config):
-        reached = tuple(places)
+        reached = len(classes)
         for outcome, _ in outcomes_of(config, policy):
             steps = outcomes.setdefault(outcome, {})
-            for before in reached:
+            for place in range(tried.get(outcome, 0), reached):
+                before = classes[place]
                 after = before.then(outcome)
                 if after != before:
-                    steps[places[before]] = places.setdefault(after, len(places))
+                    if after not in places:
+                        places[after] = len(classes)
+                        classes.append(after)
+                    steps[place] = places[after]
+            tried[outcome] = reached
     return Classification(
-        tuple(places),
+        tuple(classes),
         tuple(outcomes),
         tuple(tuple(sorted(steps.items())) for steps in outcomes.values()),
     )
