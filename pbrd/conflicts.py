@@ -12,8 +12,8 @@ from pbrd.classes import uses_nft
 from pbrd.neighbours import Finding, ForeignRoute, Interface, Machine
 from pbrd.objects import MAIN_TABLE, ForeignRule
 from pbrd.plan import route_text
-from pbrd.precedence import HALVES, OWNED, WG_QUICK, is_wg_quick, kill_switch, several
-from pbrd.rules import policy_families
+from pbrd.precedence import HALVES, OWNED, kill_switch, several
+from pbrd.rules import policy_families, tunnel_mark
 from pbrd.settings import Config, Family, GatewayMode, Policy, Uplink
 
 ALL = 0xFFFFFFFF
@@ -85,13 +85,10 @@ def _marks(config: Config, machine: Machine) -> Iterator[Finding]:
             remark = (
                 f"asks for bits that are pbrd's (daemon.fwmark_mask is {mask:#010x}); {_other_mask(config)}"
             )
-        elif uses_nft(config):
+        elif uses_nft(config) and not tunnel_mark(rule.rule):  # these are spared: `ruleset`
             does = "matches every packet" if rule.rule.inverted else "matches no packet"
-            loop = ", the tunnel's own among them, which then go into the tunnel" if is_wg_quick(rule) else ""
-            remedy = (
-                WG_QUICK if loop else f"give it a mask: fwmark {mark.value:#x}/{mark.mask & ~mask & ALL:#x}"
-            )
-            remark = f"{does} that pbrd has marked in other bits (nftables is in use){loop}; {remedy}"
+            remedy = f"give it a mask: fwmark {mark.value:#x}/{mark.mask & ~mask & ALL:#x}"
+            remark = f"{does} that pbrd has marked in other bits (nftables is in use); {remedy}"
         else:
             continue
         found.setdefault(remark, []).append(rule)

@@ -222,6 +222,7 @@ class Daemon:
         target = self.target()
         plan = diff(self.kernel.state(), target)
         recycled, self.judge.recycled = self.judge.recycled, []
+        self.judge.tunnels = self.kernel.tunnel_marks
         self.netfilter.want("" if self.paused else self.judge.text(self.paths.standings()), recycled)
         if not self.netfilter.settled:
             plan = plan.additions([guard_rule(self.config, family) for family in self.kernel.families])
@@ -315,6 +316,7 @@ class Daemon:
         """Put a config into force, adopting what the kernel holds; return the lines of what changed there."""
         self.kernel.follow(fresh)
         self.kernel.read()
+        self.judge.tunnels = self.kernel.tunnel_marks
         self.netfilter.adopt()
         before, table = self.kernel.state(), self.netfilter.applied
         names.move(self.config, fresh)

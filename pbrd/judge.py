@@ -41,8 +41,9 @@ class Judge:
         self.watch: Watch | None = None
         self.recycled: list[Eviction] = []  # connections that must go before the new table is live
         self.stale: list[Eviction] = []  # and those that must go after it
+        self.tunnels: frozenset[int] = frozenset()  # marks of packets that carry tunnels of others
         self._minute: tuple[int, frozenset[str]] | None = None
-        self._written: tuple[Config, int, object, object] | None = None
+        self._written: tuple[object, ...] | None = None
         self._text = ""
 
     def follow(self, config: Config, state: KernelState) -> Config:
@@ -93,10 +94,10 @@ class Judge:
         if any(policy.balance for policy in self.current.policies):
             usable = ruleset.balanced(standings)
         cgroups = self.watch.cgroups if self.watch else {}
-        key = (self.current, self.block, cgroups, usable)
+        key = (self.current, self.block, cgroups, usable, self.tunnels)
         if key != self._written:
             self._written = key
-            self._text = ruleset.text(self.current, self.block, _expressions(cgroups), usable)
+            self._text = ruleset.text(self.current, self.block, _expressions(cgroups), usable, self.tunnels)
             if self._text:
                 # nft turns the path of a cgroup into its number: another number is another text.
                 self._text += "".join(f"# cgroup {one.id}\n" for found in cgroups.values() for one in found)

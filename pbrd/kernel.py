@@ -19,6 +19,7 @@ from pbrd.netlink import Events, Requests
 from pbrd.objects import MAIN_TABLE, DefaultRoute, KernelState, Link, LinkAddress, Route, Rule, Sysctl
 from pbrd.plan import Plan, Step, Verb
 from pbrd.routing import table_names, wanted_sysctls
+from pbrd.rules import tunnel_mark
 from pbrd.settings import PROTOCOL, Config, Family, GatewayMode, Uplink
 
 LOOPBACK = 1  # its index, in every network namespace
@@ -60,6 +61,7 @@ class Kernel:
         self.defaults: dict[Family, tuple[DefaultRoute, ...]] = {}
         self.dead_ends: dict[Family, str] = {}  # kind of an error default in the main table, or ""
         self.rules: dict[Family, frozenset[Rule]] = {}
+        self.tunnels: dict[Family, frozenset[int]] = {}  # marks of others: see `tunnel_marks`
         self.routes: dict[tuple[Family, int], frozenset[Route]] = {}
         self.foreign: dict[tuple[Family, int], frozenset[Route]] = {}
         self.sysctls: dict[str, frozenset[Sysctl]] = {}
@@ -96,6 +98,11 @@ class Kernel:
     def all_defaults(self) -> tuple[DefaultRoute, ...]:
         """Return the main table's default routes over uplinks, both families."""
         return tuple(route for routes in self.defaults.values() for route in routes)
+
+    @property
+    def tunnel_marks(self) -> frozenset[int]:
+        """Return the marks that tunnels of others put on the packets that carry them."""
+        return frozenset().union(*self.tunnels.values())
 
     def state(self) -> KernelState:
         """Return what the mirror holds of pbrd's."""
@@ -243,10 +250,11 @@ class Kernel:
         )  # what is not there needs no writing
 
     def _read_rules(self, family: Family) -> None:
-        rules = (rtnetlink.rule_of(message) for message in self.requests.dump(rtnetlink.rule_dump(family)))
-        self.rules[family] = frozenset(
-            rule for owner, rule in rules if owner == PROTOCOL and rule is not None
-        )
+        dump = self.requests.dump(rtnetlink.rule_dump(family))
+        rules = [rtnetlink.rule_of(message) for message in dump]
+        self.rules[family] = frozenset(rule for owner, rule in rules if owner == PROTOCOL)
+        foreign = (rule for owner, rule in rules if owner != PROTOCOL)
+        self.tunnels[family] = frozenset(filter(None, map(tunnel_mark, foreign)))
 
     def _read_table(self, family: Family, table: int) -> None:
         owner = 0 if table in self.tables else PROTOCOL  # of a foreign table only what is ours

@@ -38,6 +38,7 @@ def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]
             standings.setdefault((name, family), Standing(usable=True, preferred=True))
         judge = Judge(lambda: None, lambda *_, **__: None)
         judge.follow(fresh, current)
+        judge.tunnels = kernel.tunnel_marks
         target = desired(judge.current, kernel.families, links, hops, standings, judge.block)
         steps = diff(current, target).lines()
         return [*steps, *table_steps(Table().holds(), judge.text(standings))]

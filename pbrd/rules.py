@@ -21,6 +21,7 @@ from pbrd.objects import MAIN_TABLE, Action, Key, Link, Rule, Standing
 from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Mark, Match, Policy, Uplink
 
 ICMP, ICMPV6 = 1, 58
+WHOLE = 0xFFFFFFFF  # a mask of all bits of a mark
 
 # Bands of rule priorities, relative to `daemon.rule_priority`.
 PROBES, PROBES_END = 0, 99
@@ -180,6 +181,12 @@ def without_mark(rule: Rule, mask: int) -> Rule:
     """Return `rule` for packets only that bear none of the bits of `mask`."""
     foreign = rule.fwmark or Mark(0, 0)
     return replace(rule, fwmark=Mark(foreign.value, foreign.mask | mask))
+
+
+def tunnel_mark(rule: Rule) -> int:
+    """Return N of a rule `not fwmark N`, which sends all but what carries a tunnel into it; else 0."""
+    mark = rule.fwmark
+    return mark.value if rule.inverted and mark is not None and mark.mask == WHOLE else 0
 
 
 def stride_of(count: int, width: int) -> int:

@@ -38,6 +38,7 @@ class _Writer:
     block: int  # number of the first class: that of connections which no policy matched
     units: Mapping[str, tuple[str, ...]]  # unit → expressions that match its cgroups
     usable: frozenset[str]
+    tunnels: tuple[int, ...]  # marks of packets that carry a tunnel: they go by the rules alone
     sets: list[str] = field(default_factory=list)
 
     @property
@@ -263,6 +264,7 @@ class _Writer:
             f"type route hook output priority {BEHIND_DNAT}; policy accept;",
             'oifname "lo" return',
             f"meta mark & {marks.mask:#x} == {marks.mask:#x} return",
+            self.spare_tunnels(),
             f"icmpv6 type {ND} return",
             f"fib daddr type {HERE} return",
             "goto leaving_local",
@@ -270,8 +272,19 @@ class _Writer:
         yield chain(
             "postrouting",
             "type filter hook postrouting priority mangle; policy accept;",
+            self.spare_tunnels(),
             f"oifname {self.by_interface('out')}",
         )
+
+    def spare_tunnels(self) -> str:
+        """Return what ends a chain for packets that carry a tunnel.
+
+        With bits of ours in their mark, a rule `not fwmark N` would send them into the tunnel again. They
+        have their source by their route, so that NAT would only hold them on a dead uplink.
+        """
+        asked = {mark for policy in self.config.policies for mark in policy.match.fwmark}
+        spared = [n for n in self.tunnels if not any(n & mark.mask == mark.value for mark in asked)]
+        return f"meta mark {any_of(f'{number:#x}' for number in spared)} return" if spared else ""
 
     def nat(self) -> Iterator[str]:
         """Yield the chain that masquerades, if an uplink wants it."""
@@ -282,7 +295,8 @@ class _Writer:
             if wanted
         ]
         if rows:
-            yield chain("nat", "type nat hook postrouting priority srcnat; policy accept;", *rows)
+            hook = "type nat hook postrouting priority srcnat; policy accept;"
+            yield chain("nat", hook, self.spare_tunnels(), *rows)
 
     def text(self) -> str:
         """Return the table."""
@@ -299,17 +313,24 @@ class _Writer:
         return f"table inet pbrd {{\n{inside}\n}}\n"
 
 
-def text(config: Config, block: int, units: Mapping[str, tuple[str, ...]], usable: Iterable[str]) -> str:
+def text(
+    config: Config,
+    block: int,
+    units: Mapping[str, tuple[str, ...]],
+    usable: Iterable[str],
+    tunnels: Iterable[int] = (),
+) -> str:
     """Return the table for `config`, or "" if nothing needs it.
 
     `block` is the number of its first class (`marks.blocks_of`). `units` has nft expressions for the cgroups
     of the units that policies name and that run now. `usable` are the uplinks that balanced connections may
-    go to.
+    go to. `tunnels` are the marks of packets that carry tunnels of others.
     """
     if not uses_nft(config):
         return ""
     classes = classify(config)
-    return _Writer(config, marks_of(config), classes, block, units, frozenset(usable)).text()
+    spared = tuple(sorted(tunnels))
+    return _Writer(config, marks_of(config), classes, block, units, frozenset(usable), spared).text()
 
 
 def balanced(standings: Mapping[Key, Standing]) -> frozenset[str]:

@@ -20,7 +20,9 @@ import pytest
 from box import ROOT, Box, NotPossible, Seed
 from conftest import HEAD, PROBE, UPLINKS, Daemon, MakeLab, StartDaemon, all_up, eventually
 
+from pbrd.config import parse
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab
+from pbrd.ruleset import text as table_of
 
 POLICIES = f"""
 [[policies]]
@@ -165,6 +167,10 @@ class Tunnel:
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
+    def sent(self) -> int:
+        """Bytes that the router has sent to the peer."""
+        return int(self.lab.run(self.lab.router, "wg", "show", self.near, "transfer").stdout.split()[2])
+
     def close(self) -> None:
         """End both; wireguard-go ends with its interface."""
         for name, (space, _, _) in self.peers.items():
@@ -226,24 +232,47 @@ failback = "immediate"
     eventually(lambda: pbrd.uplink("vpn")["reason"] == "missing")
 
 
-def test_wg_quick_that_takes_everything_comes_and_goes(lab: Lab, daemon: StartDaemon, tunnel: Tunnel) -> None:
-    """It deletes every rule like the one that it made, one of ours among them: back at once, and no fight."""
-    pbrd = daemon(lab, CONFIG)
+@pytest.mark.parametrize("text", [CONFIG, NAT], ids=["rules", "nat"])
+def test_wg_quick_that_takes_everything_comes_and_goes(
+    lab: Lab, daemon: StartDaemon, tunnel: Tunnel, text: str
+) -> None:
+    """Its rules come before ours, as they name no priority; its own packets must not go into the tunnel.
+
+    When it goes it deletes every rule like the one that it made, one of ours among them: no fight begins.
+    """
+    pbrd = daemon(lab, text)
     eventually(lambda: all_up(pbrd))
     tunnel.quick("up", tunnel.far)
-    before, others = ours(lab), theirs(lab)
+    before, others, tables = ours(lab), theirs(lab), lab.nft(lab.router, "list ruleset")
     tunnel.quick("up", tunnel.near)
     assert "9999:\tnot from all fwmark 0xca6c lookup 51820" in rules(lab)["-4"]
     assert eventually(lambda: pings(lab, TARGETS[1], LAN[0]))
+    for _ in range(3):
+        assert pings(lab, TARGETS[1], LAN[0])
     assert ours(lab) == before
+    assert tunnel.sent() < 10_000_000  # it has no more to carry than some pings: no loop
     checked = pbrd.command("check", str(pbrd.config))
     assert "so wg-quick sends everything into its tunnel; set Table = off" in checked.stderr
+    assert pbrd.command("plan").stdout == "nothing to change\n"
     deletions = tunnel.quick("down", tunnel.near).count("rule delete table main")
     eventually(lambda: ours(lab) == before)
     assert theirs(lab) == others
-    assert lab.exit_of() == "fiber"
+    eventually(lambda: lab.nft(lab.router, "list ruleset").count("\n") == tables.count("\n"))
+    assert eventually(lab.exit_of) == "fiber"
     assert deletions <= 100
-    eventually(lambda: deletions < 2 or "drift repaired" in pbrd.log)
+    assert "keeps undoing" not in pbrd.log
+
+
+def test_what_carries_a_tunnel_is_not_marked_unless_a_policy_is_for_it() -> None:
+    config = parse([("pbrd.toml", NAT)])
+    spared = table_of(config, 2, {}, (), [0xCA6C])
+    assert spared.count("meta mark 0xca6c return") == 3
+    assert table_of(config, 2, {}, (), [0xCA6C, 7]).count("meta mark { 0x7, 0xca6c } return") == 3
+    assert "0xca6c" not in table_of(config, 2, {}, ())
+    named = parse([("pbrd.toml", NAT.replace("match = {", 'match = { fwmark = "0xca6c",'))])
+    assert "return" not in "".join(
+        line for line in table_of(named, 2, {}, (), [0xCA6C]).splitlines() if "0xca6c" in line
+    )
 
 
 # --- Tailscale --------------------------------------------------------------------------------
