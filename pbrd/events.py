@@ -39,6 +39,8 @@ KINDS = {
     State.DRAINED: "uplink-drained",
 }
 WARNINGS = frozenset({"uplink-down", "uplink-degraded", "failover", "drift-repaired", "flushed"})
+PROBLEMS = 20  # lines of a refused config that an event tells; `pbrd reload` and `pbrd check` tell all
+LINE = 500  # characters of one of them
 # The facts that every event has, "" where they do not apply, in the order in which documents show them.
 FACTS = ("event", "uplink", "policy", "interface", "old", "new", "reason")
 
@@ -204,6 +206,10 @@ def reloaded(generation: int, changed: Sequence[str]) -> Event:
 
 def reload_refused(reason: str) -> Event:
     """The config was refused and the running one stays; `reason` has a line for each problem."""
+    lines = [line if len(line) <= LINE else f"{line[:LINE]} …" for line in reason.splitlines()]
+    if len(lines) > PROBLEMS:
+        lines[PROBLEMS:] = [f"and {len(lines) - PROBLEMS} more problems"]
+    reason = "\n".join(lines)
     told = f" {reason}" if "\n" not in reason else "".join(f"\n  {line}" for line in reason.splitlines())
     return Event("reload-refused", f"reload refused, the running config stays:{told}", reason=reason)
 

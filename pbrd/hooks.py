@@ -131,11 +131,11 @@ class Hooks:
             self._awake.clear()
             while self._queue:
                 facts = self._queue.popleft()
-                for hook in await asyncio.to_thread(self._look):
-                    try:
+                try:
+                    for hook in await asyncio.to_thread(self._look):
                         await self._run(hook, facts)
-                    except OSError as error:  # no process, no descriptor left
-                        self.log.warning(f"hook {hook.name} cannot be run", hook=hook.name, reason=str(error))
+                except Exception as error:  # noqa: BLE001 - top of the task; no process, thread or descriptor left
+                    self.log.warning("hooks cannot be run", on=facts.get("event"), reason=repr(error))
             if self.dropped:
                 self.log.warning("hooks have caught up", dropped=self.dropped)
                 self.dropped = 0
@@ -193,7 +193,8 @@ class Hooks:
         try:
             in_time = await _ends(pidfd, self.limit)
             if not in_time:
-                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGTERM)
                 await _ends(pidfd, GRACE)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -10,6 +10,7 @@ from typing import Any
 
 PAST = 1000  # events that are kept, and that wait for one follower
 GATHER = 0.1  # seconds between two messages to a follower: what happens meanwhile goes together
+GATHER_STATUS = 0.5  # likewise if the status goes with it, as that may be long
 
 Object = dict[str, Any]
 
@@ -79,7 +80,7 @@ class Monitor:
                 missed, follower.missed = follower.missed, 0
                 with_status, follower.changed = follower.changed, False
                 yield self._answer(events, missed, with_status)
-                await asyncio.sleep(GATHER)
+                await asyncio.sleep(GATHER_STATUS if with_status else GATHER)
         finally:
             self.followers.discard(follower)
 

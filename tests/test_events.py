@@ -154,6 +154,12 @@ def test_every_problem_of_a_refused_config_is_told() -> None:
     assert two == "reload refused, the running config stays:\n  one\n  two"
 
 
+def test_thousands_of_problems_are_counted_so_that_no_memory_and_no_log_is_filled() -> None:
+    reason = events.reload_refused("\n".join(f"problem {number}" for number in range(5000))).reason
+    assert reason.splitlines()[-2:] == ["problem 19", "and 4980 more problems"]
+    assert len(events.reload_refused("x" * 10**6).message) < 1000
+
+
 @pytest.mark.parametrize(
     ("event", "priority"),
     [

@@ -139,7 +139,7 @@ def test_a_follower_that_does_not_read_is_told_what_it_missed_or_left(daemon: Pa
         for start in range(0, 20_000, 1000):
             do(daemon, "events", start, start + 1000)
         eventually(lambda: followers(daemon) == 0, within=control.TAKE + 5)  # it took nothing
-        lazy.settimeout(5)
+        lazy.settimeout(30)
         data = b""
         while chunk := lazy.recv(1 << 20):
             data += chunk
@@ -170,7 +170,7 @@ def test_followers_leave_room_for_others(daemon: Path) -> None:
     socks = [following(daemon) for _ in range(control.CLIENTS)]
     eventually(lambda: followers(daemon) == control.STREAMS)
     for sock in socks[control.STREAMS :]:
-        sock.settimeout(5)
+        sock.settimeout(30)
         assert b"io.pbrd.Daemon.Busy" in sock.recv(4096)
     for sock in socks:
         sock.close()
@@ -186,7 +186,7 @@ def test_who_may_only_read_gets_half_of_the_places(daemon: Path) -> None:
         socks = [following(daemon) for _ in range(control.STREAMS)]
         refused = 0
         for sock in socks:
-            sock.settimeout(5)
+            sock.settimeout(30)
             refused += b"io.pbrd.Daemon.Busy" in sock.recv(4096)
         return refused
 
