@@ -19,7 +19,7 @@ from pbrd.objects import MAIN_TABLE, ForeignRule, Sysctl
 from pbrd.settings import PROTOCOL, Config, Family
 
 LIMIT = 5000  # routes of one table
-TABLES = 64  # foreign tables that are looked into because a rule names them
+TABLES = 64  # foreign tables that are looked into because a rule or a file names them
 DEADLINE = 10.0  # seconds for a foreign program
 KERNELS = ((0, 255), (32766, 254), (32767, 253))  # priority and table of the rules that every machine has
 
@@ -37,10 +37,11 @@ def look(config: Config, root: Path = ROOT) -> Machine:
         links = linkinfo.interfaces(requests.dump(rtnetlink.link_dump(), partial=True))
         rules = tuple(rule for family in families for rule in _rules(requests, family))
     names = {index: interface.name for index, interface in links.items()}
+    entries = tuple(_entries(root))
     routes = {
         (family, table): _routes(family, table, names)
         for family in families
-        for table in _tables(config, rules)
+        for table in _tables(config, [r.rule.table for r in rules] + [entry.table for entry in entries])
     }
     setters, flowtables = _firewalls()
     return Machine(
@@ -49,7 +50,7 @@ def look(config: Config, root: Path = ROOT) -> Machine:
         tuple(sorted(rules, key=lambda rule: rule.rule.priority)),
         routes,
         tuple(_table_names(config, root)),
-        tuple(_entries(root)),
+        entries,
         _networkd(root),
         {family: _switch(family, "all", "forwarding") == 1 for family in families},
         setters,
@@ -67,8 +68,8 @@ def _rules(requests: Requests, family: Family) -> Iterator[ForeignRule]:
             yield rule
 
 
-def _tables(config: Config, rules: Iterable[ForeignRule]) -> list[int]:
-    asked = list(dict.fromkeys(rule.rule.table for rule in rules if rule.rule.table))
+def _tables(config: Config, others: Iterable[int]) -> list[int]:
+    asked = [table for table in dict.fromkeys(others) if table]
     ours = [table for uplink in config.uplinks for table in (uplink.table, uplink.path_table)]
     return list(dict.fromkeys([*ours, MAIN_TABLE, *asked[:TABLES]]))
 

@@ -28,6 +28,8 @@ def findings(config: Config, machine: Machine) -> Iterator[Finding]:
         yield from what.rules()
         yield from what.vrfs()
         yield from what.other_names()
+        if table == uplink.table:
+            yield from what.gateways_elsewhere()
     yield from _same_names(config, machine)
 
 
@@ -65,6 +67,27 @@ class _Occupied:
             "uplink when "
             f"its probes fail; remove that default{self.learned(routes)}, or {self.other_table()}",
         )
+
+    def gateways_elsewhere(self) -> Iterator[Finding]:
+        """Yield the families whose default others put into a table of theirs, so that "auto" finds none."""
+        ours = (self.uplink.table, self.uplink.path_table)
+        for family in self.machine.families:
+            over = [
+                (table, r.route.gateway)
+                for (of, table), routes in self.machine.routes.items()
+                for r in routes
+                if of is family and r.route.is_default and r.route.interface == self.uplink.interface
+            ]
+            there = [(table, gateway) for table, gateway in over if gateway and table not in ours]
+            auto = self.uplink.gateway_of(family) is GatewayMode.AUTO
+            if auto and there and all(table != MAIN_TABLE for table, _ in over):
+                key = "gateway" if family is Family.IPV4 else "gateway6"
+                yield Finding(
+                    f"uplinks.{self.uplink.name}.{key}",
+                    f'the main table has no default over "{self.uplink.interface}" from which "auto" would '
+                    "learn "
+                    f'it, but table {there[0][0]} has; set {key} = "{there[0][1]}"',
+                )
 
     def learned(self, routes: Iterable[ForeignRoute]) -> str:
         """Say what else is needed where the gateway stands nowhere but in this table."""

@@ -352,6 +352,21 @@ def test_routes_of_networkd_and_networkmanager_in_our_table(say: Say) -> None:
     )
 
 
+def test_a_default_that_is_in_no_table_of_ours(lab: Lab, say: Say) -> None:
+    """NetworkManager with route-table=77: the main table has nothing for gateway = "auto"."""
+    lab.ip(
+        lab.router, "route del default dev lte metric 101\nroute add default via 10.0.2.1 dev lte table 77"
+    )
+    profile = "[ipv4]\nmethod=auto\nroute-table=77\n"
+    found = say(**{"etc/NetworkManager/system-connections/lte.nmconnection": profile})
+    one(
+        found,
+        "uplinks.lte.gateway: the main table has no default",
+        "table 77 has",
+        'set gateway = "10.0.2.1"',
+    )
+
+
 def test_the_table_of_a_vrf() -> None:
     """This kernel may have no VRFs: judged from values."""
     here = Machine(interfaces={"fiber": Interface("fiber"), "red": Interface("red", table=200)})

@@ -15,8 +15,10 @@ NOT_KEYS = {"name", "index"}  # of uplinks: the name is the section's, the index
 
 def configs() -> dict[str, str]:
     shown = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tunnel,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "neighbours.md").read_text(), re.DOTALL)
     return {
         "README.md": shown[0],
+        "neighbours.md": tunnel,
         "pbrd.toml.example": (ROOT / "etc" / "pbrd.toml").read_text(),
     }
 

@@ -193,6 +193,11 @@ def test_a_wireguard_tunnel_is_an_uplink_and_its_own_packets_fail_over(
     lab: Lab, daemon: StartDaemon, tunnel: Tunnel, nat: bool
 ) -> None:
     """The config of docs/neighbours.md: `Table = off`, and a policy for what carries the tunnel."""
+    match = (
+        f'iif = "lo", proto = "udp", to = ["{TARGETS[0]}"], dport = {Tunnel.PORT}'
+        if nat
+        else 'fwmark = "0xca6c"'
+    )
     text = (
         (NAT if nat else CONFIG)
         .replace('via = ["lte"]', 'via = ["vpn"]')
@@ -205,7 +210,7 @@ gateway6 = "off"
 probe = {{ targets = ["{Tunnel.FAR}"] }}
 [[policies]]
 name = "tunnel"
-match = {{ iif = "lo", proto = "udp", to = ["{TARGETS[0]}"], dport = {Tunnel.PORT} }}
+match = {{ {match} }}
 via = ["fiber", "lte"]
 failback = "immediate"
 [[policies]]""",
