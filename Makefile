@@ -28,7 +28,7 @@ PYTEST := $(BIN)/python -m pytest $(if $(SUDO),-p no:cacheprovider)
 # those of policies and units, which send packets.
 PURE := errors settings values document uplinks caveats config marks classes classrules eviction schedule prefixes \
     effective health measures objects rules routing ruleset plan paths explain status snapshot events tables topology \
-    varlink layers docs
+    varlink timestamp layers docs
 PURE_TESTS = $(wildcard $(foreach module,$(PURE),tests/test_$(module).py tests/test_$(module)_*.py))
 
 PREFIX ?= /usr/local

@@ -29,10 +29,11 @@ from pbrd import (
 )
 from pbrd.classrules import guard_rule
 from pbrd.drift import Drift
-from pbrd.errors import ConfigError, ControlError, KernelError
+from pbrd.errors import ConfigError, ControlError, KernelError, PbrdError
 from pbrd.judge import Judge
 from pbrd.kernel import Kernel
 from pbrd.log import open_log
+from pbrd.lookout import Lookout
 from pbrd.netfilter import Netfilter, table_steps
 from pbrd.nftables import digest
 from pbrd.objects import KernelState
@@ -82,6 +83,7 @@ class Daemon:
         self.watchdog = Watchdog(self.wake, self.kernel, self.prober, log)
         self.wanted = KernelState()  # what the last plan was made for
         self.refusals = Refusals(log)
+        self.lookout = Lookout(log)
         self.report = Report(
             path, self.kernel, self.paths, self.judge, self.netfilter, self.drift, self.sinks
         )
@@ -124,6 +126,7 @@ class Daemon:
                 self.netfilter.keep(),
                 self.netfilter.expel(),
                 self.prober.run(),
+                self.lookout.keep(),
                 server.run(),
                 self.watchdog.feed(period(os.environ, os.getpid())),
             )
@@ -223,6 +226,7 @@ class Daemon:
         plan = diff(self.kernel.state(), target)
         recycled, self.judge.recycled = self.judge.recycled, []
         self.judge.tunnels = self.kernel.tunnel_marks
+        self.lookout.notice(self.config, self.kernel.others)
         self.netfilter.want("" if self.paused else self.judge.text(self.paths.standings()), recycled)
         if not self.netfilter.settled:
             plan = plan.additions([guard_rule(self.config, family) for family in self.kernel.families])
@@ -365,8 +369,14 @@ class Daemon:
 
 
 async def run(path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> bool:
-    """Make a daemon and run it."""
-    return await Daemon(path, runtime_dir, state_dir, log).run()
+    """Make a daemon and run it. A fault of ours goes into the log: to print it could wait for a reader."""
+    try:
+        return await Daemon(path, runtime_dir, state_dir, log).run()
+    except PbrdError:
+        raise
+    except Exception:
+        log.exception("an error of pbrd's own ended it")
+        return False
 
 
 def main(path: Path, runtime_dir: Path, state_dir: Path) -> int:

@@ -6,6 +6,7 @@ people, and its facts become fields. Of anything else, every key of structlog's 
 
 import atexit
 import json
+import logging
 import os
 import select
 import sys
@@ -135,6 +136,19 @@ def _to_lines() -> list[Callable[[Any, str, Any], Any]]:
     return [_for_people, structlog.processors.add_log_level, _with_time, console]
 
 
+class _Libraries(logging.Handler):
+    """Hands on what libraries log (asyncio does, of errors nobody awaited): their own way could block."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logging.WARNING)
+        self.logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log one record of theirs."""
+        level = "error" if record.levelno >= logging.ERROR else "warning"
+        getattr(self.logger, level)(record.getMessage(), library=record.name, exc_info=record.exc_info)
+
+
 def open_log(**always: str) -> structlog.stdlib.BoundLogger:
     """Configure structlog for this process and return the logger; each entry has the facts `always`."""
     if sys.stderr is None:  # whoever started us closed it
@@ -153,6 +167,8 @@ def open_log(**always: str) -> structlog.stdlib.BoundLogger:
         cache_logger_on_first_use=True,
     )
     logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+    logging.basicConfig(handlers=[_Libraries(logger)], force=True)
+    logging.captureWarnings(True)
     return logger
 
 

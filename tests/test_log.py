@@ -154,6 +154,34 @@ def test_names_become_fields_that_the_journal_takes(name: str, field: str) -> No
     assert journal.field(name) == field
 
 
+def test_what_libraries_log_waits_for_nobody_either() -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    code = """
+import asyncio, logging, os, sys, warnings
+from pbrd.log import open_log
+open_log()
+logging.getLogger("asyncio").error("never retrieved", exc_info=ValueError("a bug"))
+os.write(1, os.read(int(sys.argv[1]), 9999))
+os.write(2, b"x" * 4096)
+logging.getLogger("asyncio").error("never retrieved")
+warnings.warn("old")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(reading)],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=writing,
+        pass_fds=[reading],
+        timeout=20,
+        text=True,
+    )
+    os.close(reading)
+    os.close(writing)
+    assert re.search(r"\[error +\] never retrieved +library=asyncio\n", done.stdout)
+    assert done.stdout.endswith("ValueError: a bug\n")
+
+
 def test_a_long_line_that_breaks_off_is_ended_before_the_next() -> None:
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 8192)
