@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from box import Box
+from box import Box, python
 from conftest import HEAD, PROBE, UPLINKS, Leaving, MakeLab, eventually
 
 from pbrd.arguments import parser
@@ -398,3 +398,28 @@ def test_removing_leaves_the_kernel_as_it_was_and_purging_no_files(machine: tupl
     dpkg(box, "--purge", "pbrd")
     assert files(box) - clean == {"/etc/pbrd/pbrd.toml"}
     assert clean - files(box) == {"/var/lib/pbrd"}  # which the box brought
+
+
+def test_what_make_install_installs_serves_and_goes_again(
+    make_lab: MakeLab, make_box: MakeBox, wheels: Path
+) -> None:
+    lab = make_lab()
+    box = make_box(network=lab.router, source=False, binds={"/source": ROOT, "/wheels": wheels})
+    clean, before = files(box), kernel(lab)
+    install = ["env", f"PYTHON={python()}", "WHEELS=/wheels", "/source/packaging/install"]
+    box.enter(install)
+    box.write({"/etc/pbrd/pbrd.toml": CONFIG + POLICY})
+    box.enter(["systemctl", "enable", "--now", "pbrd"])
+    eventually(lambda: up(box), within=15)
+    leaving = Leaving(lab)
+    box.enter(install)
+    box.enter(["systemctl", "restart", "pbrd"])
+    path, lost = leaving.stop()
+    assert (set(path), lost) == ({"lte"}, 0)
+    assert "pbrd" in box.enter(["journalctl", "--dump-catalog"]).stdout
+    merged = box.enter(["systemd-analyze", "cat-config", "systemd/networkd.conf"]).stdout
+    assert "\nManageForeignRoutingPolicyRules=no\n" in merged
+    box.enter([*install, "--remove"])
+    assert kernel(lab) == before
+    left = {path for path in files(box) - clean if not (box.root / path.lstrip("/")).is_dir()}
+    assert left == {"/etc/pbrd/pbrd.toml"}
