@@ -61,6 +61,7 @@ class Kernel:
         self.defaults: dict[Family, tuple[DefaultRoute, ...]] = {}
         self.dead_ends: dict[Family, str] = {}  # kind of an error default in the main table, or ""
         self.rules: dict[Family, frozenset[Rule]] = {}
+        self.others: dict[Family, frozenset[Rule]] = {}  # rules that aren't ours
         self.tunnels: dict[Family, frozenset[int]] = {}  # marks of others: see `tunnel_marks`
         self.routes: dict[tuple[Family, int], frozenset[Route]] = {}
         self.foreign: dict[tuple[Family, int], frozenset[Route]] = {}
@@ -253,8 +254,8 @@ class Kernel:
         dump = self.requests.dump(rtnetlink.rule_dump(family))
         rules = [rtnetlink.rule_of(message) for message in dump]
         self.rules[family] = frozenset(rule for owner, rule in rules if owner == PROTOCOL)
-        foreign = (rule for owner, rule in rules if owner != PROTOCOL)
-        self.tunnels[family] = frozenset(filter(None, map(tunnel_mark, foreign)))
+        self.others[family] = frozenset(rule for owner, rule in rules if owner != PROTOCOL)
+        self.tunnels[family] = frozenset(filter(None, map(tunnel_mark, self.others[family])))
 
     def _read_table(self, family: Family, table: int) -> None:
         owner = 0 if table in self.tables else PROTOCOL  # of a foreign table only what is ours

@@ -1,7 +1,7 @@
 """Looks at the machine for `pbrd check`: others' rules, routes, files and firewalls. Changes nothing.
 
 Anybody may: what only root can see is left out for others. Of a foreign table at most LIMIT routes are read,
-as it may hold a million. IPv4 has its defaults at the beginning of them, IPv6 at the end.
+as it may hold a million: IPv4 has its defaults at the beginning, but IPv6 at the end.
 """
 
 import os
@@ -18,7 +18,7 @@ from pbrd.netlink import Requests
 from pbrd.objects import MAIN_TABLE, ForeignRule, Sysctl
 from pbrd.settings import PROTOCOL, Config, Family
 
-LIMIT = 5000  # routes of one table
+LIMIT = 2000  # routes of one table
 TABLES = 64  # foreign tables that are looked into because a rule or a file names them
 DEADLINE = 10.0  # seconds for a foreign program
 KERNELS = ((0, 255), (32766, 254), (32767, 253))  # priority and table of the rules that every machine has
@@ -30,20 +30,24 @@ IPROUTE2 = ("/etc/iproute2", "/usr/share/iproute2", "/usr/lib/iproute2")
 ROOT = Path("/")
 
 
-def look(config: Config, root: Path = ROOT) -> Machine:
-    """Return what concerns `config`. `root` is where files are looked for. Raises KernelError."""
+def look(config: Config, root: Path = ROOT, *, rulesets: bool = True) -> Machine:
+    """Return what concerns `config`. Raises KernelError.
+
+    `root` is where files are looked for. Without `rulesets` those of nft and iptables are not listed.
+    """
     families = (Family.IPV4, Family.IPV6) if sysctl.has_ipv6() else (Family.IPV4,)
     with closing(Requests()) as requests:
         links = linkinfo.interfaces(requests.dump(rtnetlink.link_dump(), partial=True))
         rules = tuple(rule for family in families for rule in _rules(requests, family))
+    ours = {table for uplink in config.uplinks for table in (uplink.table, uplink.path_table)}
     names = {index: interface.name for index, interface in links.items()}
     entries = tuple(_entries(root))
     routes = {
-        (family, table): _routes(family, table, names)
+        (family, table): _routes(family, table, names, table in ours)
         for family in families
-        for table in _tables(config, [r.rule.table for r in rules] + [entry.table for entry in entries])
+        for table in _tables(ours, [r.rule.table for r in rules] + [entry.table for entry in entries])
     }
-    setters, flowtables = _firewalls()
+    setters, flowtables = _firewalls() if rulesets else ((), ())
     return Machine(
         families,
         {interface.name: _with_switches(interface) for interface in links.values()},
@@ -68,20 +72,24 @@ def _rules(requests: Requests, family: Family) -> Iterator[ForeignRule]:
             yield rule
 
 
-def _tables(config: Config, others: Iterable[int]) -> list[int]:
+def _tables(ours: Iterable[int], others: Iterable[int]) -> list[int]:
     asked = [table for table in dict.fromkeys(others) if table]
-    ours = [table for uplink in config.uplinks for table in (uplink.table, uplink.path_table)]
     return list(dict.fromkeys([*ours, MAIN_TABLE, *asked[:TABLES]]))
 
 
-def _routes(family: Family, table: int, names: dict[int, str]) -> tuple[ForeignRoute, ...]:
-    """Return the first routes of others in a table, on a socket that is thrown away with the rest."""
+def _routes(family: Family, table: int, names: dict[int, str], ours: bool) -> tuple[ForeignRoute, ...]:
+    """Return the first routes of others in a table, on a socket that is thrown away with the rest.
+
+    Only of our tables is more of interest than defaults and their halves, with which IPv4 begins.
+    """
     found: list[ForeignRoute] = []
     with closing(Requests()) as once, suppress(KernelError):  # no such table
         for kind, _, message in once.answers(rtnetlink.route_dump(family, table)):
             if kind != rtnetlink.RTM_NEWROUTE or len(found) == LIMIT:
                 break
             protocol, route = rtnetlink.route_of(message, names)
+            if family is Family.IPV4 and not ours and int(route.destination.network_address):
+                break
             if protocol != PROTOCOL:
                 origin = rtnetlink.PROTOCOLS.get(protocol, f"protocol {protocol}")
                 found.append(ForeignRoute(route, origin, rtnetlink.ERROR_ROUTES.get(message[23], "")))

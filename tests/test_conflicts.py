@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import HEAD, ROOT, UPLINKS, as_nobody, let_others_in
+from conftest import HEAD, ROOT, UPLINKS, StartDaemon, as_nobody, eventually, let_others_in
 
 from pbrd import conflicts, firewalls, machine, netfiles
 from pbrd.config import parse
@@ -538,9 +538,18 @@ def test_nobody_sees_rules_and_tables_too(lab: Lab, tmp_path: Path) -> None:
     assert "table 200 holds" in seen.read_text()
 
 
+def test_the_daemon_tells_conflicts_in_one_line(lab: Lab, daemon: StartDaemon) -> None:
+    add(lab, "rule add from 172.16.0.0/12 lookup 77 priority 12345", "route add 0.0.0.0/1 dev lan")
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: "conflict with this machine" in pbrd.log, within=10)
+    (told,) = [line for line in pbrd.log.splitlines() if "conflict with" in line]
+    assert "conflict with this machine: ip rule 12345: " in told
+    assert told.endswith("(and 1 more: pbrd check)")
+
+
 def test_a_full_feed_in_the_main_table_is_not_read(lab: Lab, say: Say) -> None:
     lab.ip(lab.router, "\n".join(f"route add 20.{n >> 8}.{n & 255}.0/24 dev lan" for n in range(20_000)))
     with lab.inside(lab.router):
         here = machine.look(config_of(CONFIG))
-    assert len(here.routes[Family.IPV4, 254]) == machine.LIMIT
+    assert len(here.routes[Family.IPV4, 254]) == 2
     assert len(here.defaults_in(Family.IPV4, 254)) == 2

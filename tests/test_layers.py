@@ -38,7 +38,8 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("netfilter", frozenset({"judge"})),  # the policies in force, over time
     ("netfilter", frozenset({"netfilter", "refusals", "watchdog"})),  # the daemon's helpmates, over time
     ("report", frozenset({"report"})),  # what people are told of all that
-    ("offline", frozenset({"offline", "machine"})),  # what the daemon does at its start and end, or the CLI
+    ("machine", frozenset({"machine"})),  # what others have put into it
+    ("offline", frozenset({"offline", "lookout"})),  # what the daemon does at its start and end, or the CLI
     ("daemon", frozenset({"daemon"})),
     ("demo", frozenset({"demo", "watch", "history", "use"})),  # commands that live on for a while
     ("arguments", frozenset({"arguments"})),  # the words of the command line
