@@ -45,7 +45,10 @@ def test_the_past_as_json_is_whole_and_can_be_filtered(failed_over: Daemon) -> N
     everything = said(failed_over)
     assert everything[0]["event"] == "started"
     fiber = [event for event in everything if event["uplink"] == "fiber"]
-    assert [event["event"] for event in fiber[-3:]] == ["uplink-down", "uplink-recovering", "uplink-up"]
+    kinds = [
+        event["event"] for event in fiber if event["event"] != "uplink-degraded"
+    ]  # one family is the first
+    assert kinds[-3:] == ["uplink-down", "uplink-recovering", "uplink-up"]
     assert said(failed_over, "--uplink", "fiber") == fiber
     default = [event for event in everything if event["policy"] == "default"]
     assert [event["event"] for event in default] == ["failover", "failback"]
