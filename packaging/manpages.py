@@ -1,7 +1,8 @@
 """Write pbrd(1), pbrd.toml(5) and pbrd.service(8): `manpages.py DIRECTORY`.
 
 The pages are the Markdown of packaging/man/. A line `<!-- commands -->` there stands for what the parser of
-the command line says, `<!-- include FILE -->` for a page of docs/ without its title. Nothing is said twice.
+the command line says, `<!-- include FILE -->` for a page of docs/ without its title, `<!-- sections FILE -->`
+without what stands before its first section. So nothing is said twice.
 """
 
 import re
@@ -15,7 +16,7 @@ from commandline import ROOT, Argument, commands, global_options
 
 from pbrd import __version__
 
-INCLUDE = re.compile(r"<!-- include (\S+) -->")
+INCLUDE = re.compile(r"<!-- (include|sections) (\S+) -->")
 INLINE = re.compile(
     r"`(?P<code>[^`]+)`|\*\*(?P<bold>.+?)\*\*|\*(?P<italic>[^*]+)\*"
     r"|\[(?P<text>[^]]+)]\((?P<link>[^)]+)\)|<(?P<url>https?://[^>]+)>",
@@ -164,7 +165,8 @@ def page(source: Path) -> str:
         if part == "<!-- commands -->":
             body.append(command_list())
         elif include := INCLUDE.fullmatch(part):
-            body.append(roff(re.sub(r"\A# .*\n", "", (ROOT / include[1]).read_text(encoding="utf-8"))))
+            text = (ROOT / include[2]).read_text(encoding="utf-8")
+            body.append(roff(text[text.index("\n## " if include[1] == "sections" else "\n") :]))
         else:
             body.append(roff(part))
     text = "\n".join(filter(None, body))
