@@ -1,5 +1,7 @@
 """What the kernel would not take: tried again, soon and then less often, and told once."""
 
+import math
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ from pbrd.plan import Plan, route_text
 from pbrd.settings import Family
 
 RETRY = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds until a refused step is tried again
-PATIENCE = 5  # tries before a refused step is worth a line: an address may be on its way
+PATIENCE = 1.0  # seconds until a refused step is worth a line: an address may be on its way
 
 
 class Refusals:
@@ -18,22 +20,26 @@ class Refusals:
     def __init__(self, log: Any) -> None:
         self.log = log
         self.counts: dict[str, int] = {}  # step → how often in a row
+        self.since: dict[str, float] = {}  # step → when first, or infinity once it is told; monotonic seconds
         self.blocked: tuple[Route, ...] = ()
         self.dead_ends: dict[Family, str] = {}
 
     def clear(self) -> None:
         """Forget: the plan is empty."""
         self.counts.clear()
+        self.since.clear()
 
     def note(self, plan: Plan, failures: Iterable[Failure]) -> float | None:
         """Take in what failed of `plan`; return in how many seconds to try again."""
-        counts = {}
+        counts, since, now = {}, {}, time.monotonic()
         for failure in failures:
             text = plan.text(failure.step)
             counts[text] = self.counts.get(text, 0) + 1
-            if counts[text] == PATIENCE:
+            since[text] = self.since.get(text, now)
+            if now - since[text] >= PATIENCE:
+                since[text] = math.inf
                 self.log.warning("kernel refuses a change", step=text, reason=str(failure.error))
-        self.counts = counts
+        self.counts, self.since = counts, since
         return RETRY[min(*counts.values(), len(RETRY)) - 1] if counts else None
 
     def tell_dead_ends(self, found: Mapping[Family, str]) -> None:

@@ -220,3 +220,34 @@ def test_it_stands_before_the_network_is_configured(make_box: MakeBox, lab: Lab)
     ready = box.show(UNIT, "ActiveEnterTimestampMonotonic").popitem()[1]
     configured = box.show("systemd-networkd.service", "ExecMainStartTimestampMonotonic").popitem()[1]
     assert 0 < int(ready) < int(configured)
+
+
+# --- how it is confined ---------------------------------------------------------------------------
+
+
+def test_it_has_two_capabilities_and_no_home(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    status = (service.box.root / f"proc/{service.pid}/status").read_text()
+    assert "CapEff:\t0000000000003000" in status  # CAP_NET_ADMIN, CAP_NET_RAW: capabilities(7)
+    assert "NoNewPrivs:\t1" in status
+    assert "Seccomp:\t2" in status
+    assert not list((service.box.root / f"proc/{service.pid}/root/root").iterdir())
+
+
+def test_an_own_user_will_do_as_documented(make_box: MakeBox, lab: Lab, tmp_path: Path) -> None:
+    service = start(make_box, lab)
+    drop_in = "[Service]\nUser=pbrd\nAmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW\n"
+    service.box.write(
+        {"/etc/sysusers.d/pbrd.conf": "u pbrd -\n", f"/etc/systemd/system/{UNIT}.d/user.conf": drop_in}
+    )
+    service.box.enter(["systemd-sysusers"])
+    service.box.enter(["systemctl", "daemon-reload"])
+    writes = Writes(lab, tmp_path)
+    service.systemctl("restart")
+    service.wait_up()
+    assert writes.seen() == ""
+    uid = service.box.enter(["id", "-u", "pbrd"]).stdout.strip()
+    assert f"Uid:\t{uid}\t" in (service.box.root / f"proc/{service.pid}/status").read_text()
+    lab.silence(0)
+    eventually(lambda: lab.exit_of(src=LAN[0], within=0.2) == "lte")
+    service.systemctl("reload")
