@@ -31,7 +31,7 @@ RING = 1000  # more than the daemon keeps is not to be had from it
 LAST = 10  # events to begin with when following, as journalctl has it
 PAUSE = 1.0  # seconds between two tries to reach a daemon that has gone
 HEAD = ("TIME", "EVENT", "WHAT", "CHANGE", "WHY")
-WIDTHS = (23, 15, 8, 18, 0)  # at least, so that the columns of one who follows stand still
+WIDTHS = (23, max(map(len, IDS)), 8, 18, 0)  # at least, so that the columns of one who follows stand still
 COLOURS = {
     "uplink-up": "32",
     "failback": "32",

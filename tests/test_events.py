@@ -174,6 +174,13 @@ def test_what_matters_has_a_higher_priority(event: Event, priority: str) -> None
     assert event.priority == priority
 
 
+def test_every_event_and_every_fact_is_documented() -> None:
+    text = (CATALOG.parent.parent / "docs" / "events.md").read_text()
+    assert {kind for kind in IDS if f"`{kind}`" not in text} == set()
+    facts = {name for event in EACH for name in event.facts()}
+    assert {name for name in facts if f"`PBRD_{name.upper()}`" not in text} == set()
+
+
 # --- the catalog ------------------------------------------------------------------------------
 
 
