@@ -98,7 +98,8 @@ def since(text: str) -> datetime:
 
 def _source(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
     """Choose the journal if the daemon writes there and we may read it, else its ring."""
-    readable = shutil.which("journalctl") is not None and _may_read()
+    there = shutil.which("journalctl") is not None
+    readable = there and _may_read()
     try:
         logs_there = call(runtime_dir, "Monitor")["journal"]
     except NotRunning:
@@ -107,7 +108,7 @@ def _source(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
         logs_there = True
     if logs_there and readable:
         return _journal(runtime_dir, wanted)
-    if logs_there:
+    if logs_there and there:
         print(
             "pbrd: these are the events since the daemon started; older ones are in the journal, "
             "which root and the groups systemd-journal and adm may read",
@@ -153,11 +154,17 @@ def _matches(runtime_dir: str, wanted: Wanted) -> list[str]:
 
 
 def _text(entry: Document) -> dict[str, str]:
-    """Return an entry's fields as text: journalctl writes as bytes what it holds for unprintable."""
-    return {
-        name: bytes(value).decode(errors="replace") if isinstance(value, list) else str(value)
-        for name, value in entry.items()
-    }
+    """Return an entry's fields as text. Unprintable ones come as bytes; those that stand twice, as a list."""
+    fields = {}
+    for name, value in entry.items():
+        if isinstance(value, list):
+            bytewise = all(isinstance(byte, int) for byte in value)
+            fields[name] = (
+                bytes(value).decode(errors="replace") if bytewise else _text({name: value[-1]})[name]
+            )
+        else:
+            fields[name] = str(value)
+    return fields
 
 
 def _ring(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
