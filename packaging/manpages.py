@@ -1,4 +1,4 @@
-"""Write pbrd(1), pbrd.toml(5) and pbrd.service(8): `manpages.py DIRECTORY`.
+"""Write the man pages, such as pbrd(1) and pbrd.toml(5): `manpages.py DIRECTORY`.
 
 The pages are the Markdown of packaging/man/. A line `<!-- commands -->` there stands for what the parser of
 the command line says, `<!-- include FILE -->` for a page of docs/ without its title, `<!-- sections FILE -->`

@@ -135,7 +135,7 @@ def test_the_man_page_of_the_config_has_every_key(pages: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("man"), reason="man is not installed")
-@pytest.mark.parametrize("page", ["pbrd.1", "pbrd.toml.5", "pbrd.service.8"])
+@pytest.mark.parametrize("page", ["pbrd.1", "pbrd.toml.5", "pbrd-events.7", "pbrd.service.8"])
 def test_a_man_page_is_shown_without_warnings(pages: Path, page: str) -> None:
     shown = subprocess.run(
         ["man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", pages / page],
@@ -255,6 +255,7 @@ def test_the_package_says_what_it_needs_and_holds_all_of_it(debs: Path) -> None:
         "./usr/share/fish/vendor_completions.d/pbrd.fish",
         "./usr/share/man/man1/pbrd.1.gz",
         "./usr/share/man/man5/pbrd.toml.5.gz",
+        "./usr/share/man/man7/pbrd-events.7.gz",
         "./usr/share/man/man8/pbrd.service.8.gz",
         "./usr/share/doc/pbrd/copyright",
         "./usr/share/doc/pbrd/examples/pbrd.toml",
