@@ -6,6 +6,7 @@ Text in, values out. Copying a mark between packet and connection is passed over
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +41,21 @@ def of_nft(text: str) -> tuple[tuple[MarkSetter, ...], tuple[Flowtable, ...]]:
     setters: dict[MarkSetter, None] = {}
     flowtables = []
     for item in items:
-        if rule := item.get("rule"):
-            if (rule["family"], rule["table"]) != OURS:
-                place = f"nft table {rule['family']} {rule['table']}, chain {rule['chain']}"
-                setters.update(dict.fromkeys(_setters(place, rule.get("expr", ()))))
-        elif table := item.get("flowtable"):
-            devices = table.get("dev", ())
-            names = (devices,) if isinstance(devices, str) else tuple(devices)
-            flowtables.append(Flowtable(f"nft flowtable {table['family']} {table['name']}", names))
+        with suppress(LookupError, TypeError, AttributeError):  # words of a newer nft
+            if rule := item.get("rule"):
+                setters.update(dict.fromkeys(_setters(rule)))
+            elif table := item.get("flowtable"):
+                devices = table.get("dev", ())
+                names = (devices,) if isinstance(devices, str) else tuple(devices)
+                flowtables.append(Flowtable(f"nft flowtable {table['family']} {table['name']}", names))
     return tuple(setters), tuple(flowtables)
 
 
-def _setters(place: str, expressions: Any) -> Iterator[MarkSetter]:
-    for expression in expressions:
+def _setters(rule: Any) -> Iterator[MarkSetter]:
+    if (rule["family"], rule["table"]) == OURS:
+        return
+    place = f"nft table {rule['family']} {rule['table']}, chain {rule['chain']}"
+    for expression in rule.get("expr", ()):
         mangle = expression.get("mangle") if isinstance(expression, dict) else None
         if mangle and _is_mark(mangle["key"]):
             keeps, sets = _effect(mangle["value"])

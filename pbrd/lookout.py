@@ -6,10 +6,8 @@ nothing waits for it. The rulesets of firewalls are left out.
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
-from pbrd.errors import KernelError
 from pbrd.objects import Rule
 from pbrd.settings import Config, Family
 
@@ -46,10 +44,12 @@ class Lookout:
             await asyncio.sleep(SETTLING)
             self.work.clear()
             config = self.config
-            with suppress(KernelError):
+            try:
                 found = await asyncio.to_thread(_warnings, config) if config else ()
-                self.tell([line for line in found if line not in self.told])
-                self.told |= frozenset(found)
+            except Exception as error:  # noqa: BLE001 - others' files may hold anything: no reason to end
+                found = (f"this machine can't be looked at: {error!r}",)
+            self.tell([line for line in found if line not in self.told])
+            self.told |= frozenset(found)
             await asyncio.sleep(PAUSE - SETTLING)
 
     def tell(self, fresh: list[str]) -> None:

@@ -1,5 +1,4 @@
-"""What `pbrd check` says of a machine: others' rules, marks, tables, files and switches, as they lie in "
-"real kernels."""
+"""What `pbrd check` says of a machine: others' rules, marks, tables, files and switches, in real kernels."""
 
 import json
 import subprocess
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import HEAD, ROOT, UPLINKS, StartDaemon, as_nobody, eventually, let_others_in
+from hypothesis import given
+from hypothesis.strategies import text
 
 from pbrd import conflicts, firewalls, machine, netfiles
 from pbrd.config import parse
@@ -405,6 +406,16 @@ def test_network_files_and_keyfiles_are_read_with_their_lines() -> None:
         Entry("f:3", "route", 201),
         Entry("f:4", "rule", 200, priority=5, text="from 192.168.1.0/24"),
     ]
+
+
+@given(text(alphabet=sorted("[]{}-=:, \n\t#RouteTabl200.x/'\"")) | text())
+def test_whatever_stands_in_their_files_is_no_error(content: str) -> None:
+    for read in (netfiles.netplan_entries, netfiles.keyfile_entries, netfiles.table_names):
+        list(read("f", content))
+    list(netfiles.networkd_entries("f", content, {}))
+    netfiles.setting([("f", content)], "ManageForeignRoutes")
+    firewalls.of_nft(content)
+    firewalls.of_iptables("iptables", content)
 
 
 NETWORKD = {"run/systemd/netif/state": "OPER_STATE=routable\n"}
