@@ -116,8 +116,8 @@ def _print_conflicts(config: Any) -> None:
 
     try:
         here = machine.look(config)
-    except KernelError as error:
-        print(f"warning: this machine is not looked at: {error}", file=sys.stderr)
+    except (KernelError, LookupError, TypeError, ValueError) as error:  # others' files may hold anything
+        print(f"warning: this machine can't be looked at: {error!r}", file=sys.stderr)
         return
     if conflicts.concerns(config, here):
         for finding in conflicts.findings(config, here):
