@@ -3,7 +3,11 @@
 import os
 import socket
 import time
+from collections import deque
 from contextlib import suppress
+
+PASSING = (b"STATUS=", b"WATCHDOG=")  # said again and again
+_waiting: deque[bytes] = deque(maxlen=16)  # messages that the service manager had no room for
 
 
 def listens() -> bool:
@@ -14,16 +18,24 @@ def listens() -> bool:
 def notify(*assignments: str) -> None:
     """Send assignments such as "READY=1" to the service manager, if there is one.
 
-    One datagram, not blocking: systemd-python's notify holds the interpreter while the manager's
-    socket is full.
+    One datagram, not blocking: systemd-python's notify holds the interpreter while the manager's socket is
+    full. Then the message waits for the next one, as a lost READY=1 would end a service that is well;
+    what will be said again anyway (STATUS, WATCHDOG) is lost.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
+    message = "\n".join(assignments).encode()
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
-        sock.sendto("\n".join(assignments).encode(), address)
+        if not message.startswith(PASSING):
+            _waiting.append(message)
+        while _waiting:
+            sock.sendto(_waiting[0], address)
+            _waiting.popleft()
+        if message.startswith(PASSING):
+            sock.sendto(message, address)
 
 
 def reloading() -> None:

@@ -10,10 +10,16 @@ from box import Box
 from conftest import Leaving, Writes, eventually
 from service import CONFIG, UNIT, Service, networkd, seed, start, switch_off
 
-from pbrd.lab import LAN, LAN6, Lab
+from pbrd.lab import LAN, LAN6, TARGETS, Lab
 
 MakeBox = Callable[..., Box]
 RESTARTS = 10
+NFTABLES = """
+[[policies]]
+name = "units"
+match = { unit = "backup.slice" }
+via = ["lte"]
+"""
 
 
 def test_it_is_ready_when_the_kernel_holds_the_plan_and_says_how_it_is(make_box: MakeBox, lab: Lab) -> None:
@@ -251,3 +257,39 @@ def test_an_own_user_will_do_as_documented(make_box: MakeBox, lab: Lab, tmp_path
     lab.silence(0)
     eventually(lambda: lab.exit_of(src=LAN[0], within=0.2) == "lte")
     service.systemctl("reload")
+
+
+def test_nothing_that_pbrd_does_is_denied_to_it(make_box: MakeBox, lab: Lab) -> None:
+    """nft, conntrack, cgroups and sysctls: under the unit's filters, not only under root."""
+    config = CONFIG.replace("[[policies]]", NFTABLES + "[[policies]]", 1)
+    for name in ("fiber", "lte"):
+        config = config.replace(f'interface = "{name}"', f'interface = "{name}"\nnat = true')
+    service = start(make_box, lab, config)
+    assert lab.run(lab.router, "nft", "list", "table", "inet", "pbrd").stdout
+    slices = lab.counter(f"ip daddr {TARGETS[0]} icmp type echo-request")
+    ping = ["ping", "-c", "3", "-i", "0.1", TARGETS[0]]
+    for name in ("uplink-lte.slice", "backup.slice"):  # the first is there for every uplink
+        service.box.run(ping, f"Slice={name}", check=False)
+    assert slices.read() == {"fiber": 0, "lte": 6}
+    stream = Leaving(lab)
+    lab.silence(0)
+    eventually(lambda: lab.exit_of(src=LAN[0], within=0.2) == "lte")
+    time.sleep(0.5)
+    assert stream.stop()[0] == ["fiber", "lte"]  # evicted from NAT's table, or it would have stayed
+    denied = [line for line in service.log.splitlines() if re.search("permitted|denied|Traceback", line)]
+    assert denied == []
+
+
+def test_stopping_takes_everything_away_if_the_config_says_so(make_box: MakeBox, lab: Lab) -> None:
+    before = lab.run(lab.router, "ip", "rule").stdout
+    service = start(make_box, lab, '[daemon]\non_stop = "flush"\n' + CONFIG)
+    service.systemctl("stop")
+    assert service.show("ActiveState", "Result") == ("inactive", "success")
+    assert lab.run(lab.router, "ip", "rule").stdout == before
+    assert (
+        lab.run(lab.router, "ip", "route", "show", "table", "all", "proto", "112", check=False).stdout == ""
+    )
+    assert (
+        lab.run(lab.router, "cat", "/proc/sys/net/ipv4/conf/fiber/ignore_routes_with_linkdown").stdout
+        == "0\n"
+    )
