@@ -14,6 +14,10 @@ from pbrd.lab import LAN, LAN6, TARGETS, Lab
 
 MakeBox = Callable[..., Box]
 RESTARTS = 10
+SLICES = (
+    "uplink-lte.slice",
+    "backup.slice",
+)  # one that is there for each uplink, and that of the policy below
 NFTABLES = """
 [[policies]]
 name = "units"
@@ -265,10 +269,11 @@ def test_nothing_that_pbrd_does_is_denied_to_it(make_box: MakeBox, lab: Lab) -> 
     for name in ("fiber", "lte"):
         config = config.replace(f'interface = "{name}"', f'interface = "{name}"\nnat = true')
     service = start(make_box, lab, config)
-    assert lab.run(lab.router, "nft", "list", "table", "inet", "pbrd").stdout
+    service.box.enter(["systemctl", "start", *SLICES])
+    eventually(lambda: lab.nft(lab.router, "list table inet pbrd").count("socket cgroupv2") == len(SLICES))
     slices = lab.counter(f"ip daddr {TARGETS[0]} icmp type echo-request")
     ping = ["ping", "-c", "3", "-i", "0.1", TARGETS[0]]
-    for name in ("uplink-lte.slice", "backup.slice"):  # the first is there for every uplink
+    for name in SLICES:
         service.box.run(ping, f"Slice={name}", check=False)
     assert slices.read() == {"fiber": 0, "lte": 6}
     stream = Leaving(lab)
