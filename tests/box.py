@@ -37,7 +37,7 @@ PREFIX = "pbrd-box"
 HALT, POWEROFF = 3, 4  # from SIGRTMIN on, systemd(1)
 PACKAGE = Path(pbrd.__file__).resolve().parent
 ROOT = Path(os.environ.get("PBRD_SYSTEMD_ROOT", "/"))
-OPAQUE = (
+EMPTY = (
     "etc/systemd/system",
     "etc/systemd/network",
     "etc/netplan",
@@ -97,12 +97,18 @@ ExecStart=udevadm trigger --settle --type=devices --subsystem-match=net --action
 # The first process of a box's PID namespace, which dies with us, and all others with it.
 HOLDER = ["setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--propagation=private"]
 HOLDER += ["--pid", "--mount-proc", "--fork", "--kill-child"]
-# $1: where the overlay lies; $2: the root below it. The mount is the holder's own.
+# $1: where the overlay lies; $2: the root below it; then what begins empty. The mount is the holder's own.
 DISK = """
 mount -t tmpfs -o mode=755 tmpfs "$1"
-mkdir "$1/upper" "$1/work" "$1/root"
-cp -a "$1.seed/." "$1/upper/"
-mount -t overlay overlay -o lowerdir="$2",upperdir="$1/upper",workdir="$1/work" "$1/root"
+cd "$1"
+mkdir upper work root
+mount -t overlay overlay -o lowerdir="$2",upperdir=upper,workdir=work root
+cd root
+seed=$1.seed
+shift 2
+rm -rf "$@"
+mkdir -p "$@"
+cp -a "$seed/." .
 echo ready
 exec sleep infinity
 """
@@ -221,7 +227,7 @@ class Box:
         self._sow(Path(f"{self._disk}.seed"))
         self._stack.callback(self._let_go)
         self._holder = subprocess.Popen(
-            [*HOLDER, "sh", "-ec", DISK, "sh", str(self._disk), str(ROOT)],
+            [*HOLDER, "sh", "-ec", DISK, "sh", str(self._disk), str(ROOT), *EMPTY],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
@@ -231,9 +237,6 @@ class Box:
 
     def _sow(self, directory: Path) -> None:
         """Lay out what the overlay begins with."""
-        for name in OPAQUE:
-            (directory / name).mkdir(parents=True)
-            os.setxattr(directory / name, "trusted.overlay.opaque", b"y")
         for name, content in self._seed.items():
             file = directory / name.lstrip("/")
             file.parent.mkdir(parents=True, exist_ok=True)
