@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from box import ROOT, Box, NotPossible, Seed
+from box import ROOT, Box, Seed
 from conftest import HEAD, PROBE, UPLINKS, Daemon, MakeLab, StartDaemon, all_up, eventually
 
 from pbrd.config import parse
@@ -48,25 +48,11 @@ def needs(*commands: str) -> None:
         pytest.skip(f"needs the command `{missing[0]}`")
 
 
-@pytest.fixture
-def make_box() -> Iterator[MakeBox]:
-    """Boot a box in a namespace, if its root has these programs; it goes when the test ends."""
-    boxes: list[Box] = []
-
-    def make(seed: Seed, *, network: str, programs: Sequence[str] = (), udev: bool = False) -> Box:
-        for program in programs:
-            if not (ROOT / program.lstrip("/")).exists():
-                pytest.skip(f"needs {program} in {ROOT} (PBRD_SYSTEMD_ROOT names another root)")
-        try:
-            box = Box(seed, network=network, source=False, udev=udev)
-            boxes.append(box)
-            return box.__enter__()
-        except NotPossible as error:
-            pytest.skip(f"no box here: {error}")
-
-    yield make
-    for box in boxes:
-        box.close()
+def needs_in_root(*programs: str) -> None:
+    """Skip where the root directory of boxes lacks one of these."""
+    for program in programs:
+        if not (ROOT / program).exists():
+            pytest.skip(f"needs {program} in {ROOT} (PBRD_SYSTEMD_ROOT names another root)")
 
 
 def lines(lab: Lab, *words: str) -> list[str]:
@@ -449,13 +435,14 @@ def test_nft_flush_ruleset_opens_no_kill_switch_and_is_told_once(
 
 @pytest.mark.parametrize("text", [CONFIG, NAT], ids=["rules", "nat"])
 def test_firewalld_reloads_and_restarts(lab: Lab, daemon: StartDaemon, make_box: MakeBox, text: str) -> None:
+    needs_in_root("usr/sbin/firewalld", "usr/bin/firewall-cmd")
     unit = Path("/lib/systemd/system/firewalld.service")
     seed: Seed = {
         "/etc/systemd/system/multi-user.target.wants/firewalld.service": unit,
         "/etc/systemd/system/dbus-org.fedoraproject.FirewallD1.service": unit,
     }
     pbrd = daemon(lab, text)
-    box = make_box(seed, network=lab.router, programs=("usr/sbin/firewalld", "usr/bin/firewall-cmd"))
+    box = make_box(seed, network=lab.router, source=False)
     for permanent in ((), ("--permanent",)):
         for interface in ("lan", "fiber", "lte"):
             box.enter(["firewall-cmd", *permanent, "--zone=trusted", f"--add-interface={interface}"])
@@ -499,6 +486,7 @@ route-metric={100 + k}
 def test_networkmanager_reapplies_reconnects_and_restarts(
     lab: Lab, daemon: StartDaemon, make_box: MakeBox
 ) -> None:
+    needs_in_root("usr/sbin/NetworkManager", "usr/bin/nmcli")
     seed: Seed = {
         "/etc/systemd/system/multi-user.target.wants/NetworkManager.service": Path(
             "/lib/systemd/system/NetworkManager.service"
@@ -507,7 +495,7 @@ def test_networkmanager_reapplies_reconnects_and_restarts(
         "unmanaged-devices=interface-name:lan\n[device]\nmanaged=1\n",
     }
     pbrd = daemon(lab, CONFIG)
-    box = make_box(seed, network=lab.router, programs=("usr/sbin/NetworkManager", "usr/bin/nmcli"), udev=True)
+    box = make_box(seed, network=lab.router, source=False, udev=True)
     for k, uplink in enumerate(lab.uplinks):
         file = box.root / f"etc/NetworkManager/system-connections/{uplink.name}.nmconnection"
         file.touch(0o600)  # it reads no others
@@ -527,6 +515,7 @@ def test_networkmanager_reapplies_reconnects_and_restarts(
 
 
 def test_ifupdown_takes_an_uplink_down_and_up(lab: Lab, daemon: StartDaemon, make_box: MakeBox) -> None:
+    needs_in_root("usr/sbin/ifup")
     stanzas = "".join(
         f"""iface {uplink.interface} inet static
     address {uplink.address}/24
@@ -541,7 +530,7 @@ iface {uplink.interface} inet6 static
         for k, uplink in enumerate(lab.uplinks)
     )
     pbrd = daemon(lab, CONFIG)
-    box = make_box({"/etc/network/interfaces": stanzas}, network=lab.router, programs=("usr/sbin/ifup",))
+    box = make_box({"/etc/network/interfaces": stanzas}, network=lab.router, source=False)
     lab.ip(lab.router, "link set fiber down\nlink set lte down\naddr flush dev fiber\naddr flush dev lte")
     box.enter(["sh", "-c", "mkdir -p /run/network; ifup --force fiber lte"])
     eventually(lambda: all_up(pbrd), within=15)
