@@ -4,7 +4,8 @@ Facts (Linux 6.18, nft 1.0.6, tried with packets; tests/test_cgroups.py tries th
 
 - `socket cgroupv2 level N "PATH"` matches in output (and input, prerouting; postrouting is refused)
   what a process sends whose cgroup has PATH as its ancestor at level N, or is it.
-- nft turns PATH into the inode's number by a stat below /sys/fs/cgroup when it loads; it takes no number.
+- nft turns PATH into the inode's number by a stat below /sys/fs/cgroup when it loads; it takes no number
+  (netlink does: `elements`).
   N is not checked against PATH, so on a hybrid host `level 2 "unified/a.slice/b.service"` is right: no
   mount namespace is needed. Where the hierarchy is mounted elsewhere, PATH may begin with "../".
 - A PATH that is not there makes nft refuse the whole transaction: look again, load again.
@@ -16,16 +17,18 @@ Facts (Linux 6.18, nft 1.0.6, tried with packets; tests/test_cgroups.py tries th
 - A socket belongs to the cgroup in which it was made, also when its process is moved afterwards; what a
   listening socket accepts belongs to the listener's.
 
-The race: between the mkdir of a cgroup and the moment at which a rule with its number is loaded, the
-unit's packets match nothing, and a connection that begins then stays where it began. Here that is 0.5 ms
-until `changed` has said so and 0.3 ms more by libnftables, or 23 ms by a forked nft(8). systemd 252 takes
-10 to 20 ms from there to the first line of a program: so the library wins, and a fork loses to programs
-that connect at once. There is no race where the number is known before anything runs in the cgroup:
+The race: between the mkdir of a cgroup and the moment at which its number is in the unit's set, the unit's
+packets match nothing, and a connection that begins then stays where it began. Here that takes some
+milliseconds, of which netlink takes 0.3; a forked nft(8) took 20, and 900 when it replaced a table of 5,000
+policies. systemd 252 takes 10 to 20 ms from there to the first line of a program. There is no race where the
+number is known before anything runs in the cgroup:
 
+- `NFTSet=cgroup:inet:pbrd:unit_X` in the unit (systemd 255 and later): systemd itself puts the number into
+  the set before it starts the program, also while no daemon runs (systemd.resource-control(5); tried with
+  257). It does so as it applies controllers: a unit that has none, as in a container without any, needs
+  `IPAccounting=yes` beside it;
 - a slice that stays: `Slice=backup.slice` beside `systemctl start backup.slice` (or a unit that wants it)
   and `unit = "backup.slice"`; all that starts below it later matches from its first packet;
-- `NFTSet=cgroup:inet:pbrd:SET` in the unit (systemd 255 and later): systemd itself puts the number into
-  a set before it starts the program (systemd.resource-control(5); not tried here);
 - `pbrd use`, which waits until the daemon knows its slice.
 
 A name is no proof: users may make cgroups of any name below their user@UID.service. `unit` sorts traffic
@@ -44,9 +47,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pbrd.errors import PbrdError
-from pbrd.units import CGroup, expression, slice_of, slice_path
+from pbrd.units import CGroup, slice_of, slice_path
 
-__all__ = ["CGroup", "Hierarchy", "Watch", "expression", "hierarchy", "paths_of", "slice_of", "slice_path"]
+__all__ = ["CGroup", "Hierarchy", "Watch", "hierarchy", "paths_of", "slice_of", "slice_path"]
 
 NFT_BASE = "/sys/fs/cgroup"  # compiled into nft: SYSFS_CGROUPSV2_PATH in its src/socket.c
 MOST_HOLDERS = 1024  # slices that are looked into: a user may make any number below user@UID.service
@@ -157,7 +160,7 @@ class Watch:
 
     def __init__(self, units: Iterable[str]) -> None:
         self._units = frozenset(units)
-        self._tree = hierarchy()
+        self.tree = hierarchy()
         self._fd: int = LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._fd < 0:
             raise _refused("watch units", "fs.inotify.max_user_instances")
@@ -191,7 +194,7 @@ class Watch:
         return self.cgroups != before
 
     def _look(self) -> dict[str, tuple[CGroup, ...]]:
-        return _walk(self._units, self._tree, self._watch)
+        return _walk(self._units, self.tree, self._watch)
 
     def _watch(self, directory: str) -> None:
         """Watch before reading: what comes in between is in both. To watch again changes nothing."""

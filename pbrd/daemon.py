@@ -73,6 +73,7 @@ class Daemon:
         self.judge = Judge(self.wake, log.warning, asyncio.get_running_loop())
         self.sinks = Sinks(path, runtime_dir, lambda: self.report.document(self.paused), log)
         self.netfilter = Netfilter(self.wake, self.judge.units_again, log, self.sinks.tell)
+        self.judge.tell = self.netfilter.follow_units
         self.prober = Prober(probe_mark(self.config).value, self.wake)
         self.awake = asyncio.Event()
         self.disturbed = asyncio.Event()

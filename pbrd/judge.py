@@ -21,7 +21,9 @@ from pbrd.marks import FIRST, blocks_of, marks_of
 from pbrd.objects import KernelState, Key, Standing
 from pbrd.routing import adopted_block, adopted_numbers
 from pbrd.settings import Config
-from pbrd.units import CGroup, expression, slice_of
+from pbrd.units import CGroup, levels_of, slice_of
+
+Members = Mapping[str, tuple[CGroup, ...]]  # unit → its cgroups
 
 
 class Judge:
@@ -35,6 +37,8 @@ class Judge:
     ) -> None:
         """Without a loop it takes one look at the units and watches nothing."""
         self.wake, self.warn, self.loop = wake, warn, loop
+        # Is told at once of the cgroups of units: their first packets won't wait for a turn.
+        self.tell: Callable[[Members], object] = lambda _: None
         self.config = self.current = Config()
         self.names: frozenset[str] = frozenset()  # of the policies in force
         self.block = FIRST
@@ -42,6 +46,7 @@ class Judge:
         self.recycled: list[Eviction] = []  # connections that must go before the new table is live
         self.stale: list[Eviction] = []  # and those that must go after it
         self.tunnels: frozenset[int] = frozenset()  # marks of packets that carry tunnels of others
+        self._levels: dict[str, tuple[int, ...]] = {}  # of units, also where they lay before
         self._minute: tuple[int, frozenset[str]] | None = None
         self._written: tuple[object, ...] | None = None
         self._text = ""
@@ -81,7 +86,7 @@ class Judge:
         """Look at the units whatever we heard of them; say whether they are others than before."""
         changed = self.watch is not None and self.watch.look()
         if changed:
-            self._minute = None
+            self._take_units()
         return changed
 
     def judge_anew(self) -> None:
@@ -93,14 +98,12 @@ class Judge:
         usable = frozenset[str]()
         if any(policy.balance for policy in self.current.policies):
             usable = ruleset.balanced(standings)
-        cgroups = self.watch.cgroups if self.watch else {}
-        key = (self.current, self.block, cgroups, usable, self.tunnels)
+        named = _named(self.config) | _named(self.current)
+        levels = {unit: self._levels[unit] for unit in sorted(named & self._levels.keys())}
+        key = (self.current, self.block, levels, usable, self.tunnels)
         if key != self._written:
             self._written = key
-            self._text = ruleset.text(self.current, self.block, _expressions(cgroups), usable, self.tunnels)
-            if self._text:
-                # nft turns the path of a cgroup into its number: another number is another text.
-                self._text += "".join(f"# cgroup {one.id}\n" for found in cgroups.values() for one in found)
+            self._text = ruleset.text(self.current, self.block, levels, usable, self.tunnels)
         return self._text
 
     def slices(self) -> dict[str, tuple[int, ...]]:
@@ -125,12 +128,13 @@ class Judge:
         self.recycled += classes_of(fresh, self.block, size)  # of when these numbers were last in use
 
     def _slices(self) -> frozenset[str]:
-        if self.watch is None:
-            return frozenset()
-        return frozenset(unit for unit, cgroups in self.watch.cgroups.items() if cgroups)
+        cgroups = self.watch.cgroups if self.watch else {}
+        names = (slice_of(uplink.name) for uplink in self.config.uplinks)
+        return frozenset(name for name in names if cgroups.get(name))
 
     def _watch_units(self) -> None:
         self.close()
+        self._levels = {}
         try:
             self.watch = Watch(units_of(self.config))
         except PbrdError as error:
@@ -139,11 +143,19 @@ class Judge:
             return
         if self.loop is not None:
             self.loop.add_reader(self.watch.fileno(), self._units_changed)
+        self._take_units()
 
     def _units_changed(self) -> None:
         if self.watch is not None and self.watch.changed():
-            self._minute = None
+            self._take_units()
             self.wake()
+
+    def _take_units(self) -> None:
+        if self.watch is not None:
+            for unit, cgroups in self.watch.cgroups.items():
+                known = self._levels.get(unit) or levels_of(unit, self.watch.tree.above)
+                self._levels[unit] = tuple(sorted({*known, *(one.level for one in cgroups)}))
+            self.tell(self.watch.cgroups)
 
 
 def _here() -> datetime:
@@ -154,7 +166,14 @@ def _here() -> datetime:
 @lru_cache(maxsize=2)
 def _neutral(config: Config) -> str:
     """Return the table of `config` apart from what may change without judging anew."""
-    return ruleset.text(config, FIRST, {}, frozenset(uplink.name for uplink in config.uplinks))
+    levels = {unit: levels_of(unit) for unit in _named(config)}
+    return ruleset.text(config, FIRST, levels, frozenset(uplink.name for uplink in config.uplinks))
+
+
+@lru_cache(maxsize=4)
+def _named(config: Config) -> frozenset[str]:
+    """Return the units that policies name."""
+    return frozenset(unit for policy in config.policies for unit in policy.match.unit)
 
 
 def _outlived(before: Config, after: Config) -> list[Eviction]:
@@ -166,7 +185,3 @@ def _outlived(before: Config, after: Config) -> list[Eviction]:
         kept = {(u.name, u.index) for u in after.uplinks if u.enabled}
         names = [uplink.name for uplink in before.uplinks if (uplink.name, uplink.index) not in kept]
     return list(pins_of(before, names))
-
-
-def _expressions(cgroups: Mapping[str, tuple[CGroup, ...]]) -> dict[str, tuple[str, ...]]:
-    return {unit: tuple(map(expression, found)) for unit, found in cgroups.items()}

@@ -6,6 +6,7 @@ table speaks of the new classes, packets bear the old ones.
 """
 
 import asyncio
+import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from pbrd.judge import Judge
 from pbrd.nftables import Table, digest
 from pbrd.objects import Key, Link, Standing
 from pbrd.settings import Address, Config, Family, Network
+from pbrd.units import CGroup, additions, set_of
 
 RETRY = 2.0  # seconds until a refused table is tried again
 SWEEPS = (0.1, 1.0, 10.0, 60.0)  # seconds between looks for connections that can't go on after a reload
@@ -42,6 +44,7 @@ class Netfilter:
         self.dead: list[tuple[tuple[Address, ...], tuple[Network, ...]]] = []
         self.swept: tuple[Config, int] | None = None  # the policies since when `_sweep` has been at work
         self.recycled: list[tuple[Family, int, int]] = []  # to be evicted before the next replacement
+        self.members: Mapping[str, tuple[CGroup, ...]] = {}  # of the sets of units
         self.leaving = asyncio.Event()
         self.one_replacement = asyncio.Lock()  # a reload and `keep` may want the same one
 
@@ -66,6 +69,35 @@ class Netfilter:
         if not self.settled:
             self.work.set()
 
+    def follow_units(self, members: Mapping[str, tuple[CGroup, ...]]) -> None:
+        """Put the cgroups of units into their sets at once, and take out those that are gone."""
+        before, self.members = self.members, dict(members)
+        self.fill()
+        for unit, cgroups in before.items():
+            gone = {one.id for one in cgroups} - {one.id for one in members.get(unit, ())}
+            if gone:
+                self._change_set(self.table.take, unit, gone)
+
+    def fill(self) -> None:
+        """See that the sets of units hold what they should. Those that aren't there yet come with a table."""
+        self.table.stirred = False
+        for unit, cgroups in self.members.items():
+            if cgroups:
+                self._change_set(self.table.put, unit, [one.id for one in cgroups])
+
+    def _change_set(
+        self, change: Callable[[str, Iterable[int]], None], unit: str, ids: Iterable[int]
+    ) -> None:
+        if self.applied is None:
+            return
+        try:
+            change(set_of(unit), ids)
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                self.log.warning("set of a unit is not up to date", unit=unit, reason=str(error))
+                self.table.stirred = True  # try again in the next turn
+                asyncio.get_running_loop().call_later(RETRY, self.wake)
+
     def look(self) -> None:
         """See whether somebody else was at our table, and have it repaired."""
         if self.table.disturbed():
@@ -74,6 +106,8 @@ class Netfilter:
                 self.repairs += 1
                 self.tell(drift_repaired(["nft table inet pbrd"], self.repairs))
                 self.work.set()
+        if self.table.stirred:  # by systemd, say, which fills the sets of units too
+            self.fill()
 
     async def keep(self) -> None:
         """Replace the table whenever it is not the one that is wanted."""
@@ -98,13 +132,15 @@ class Netfilter:
             text = self.text
             recycled, self.recycled = self.recycled, []
             await self.conntrack.evict_beside(recycled)
+            there = {unit: found for unit, found in self.members.items() if f"set {set_of(unit)} {{" in text}
             try:
-                await self.table.replace(text)
+                await self.table.replace(text, additions(there))
             except KernelError:  # a unit may have gone between our look and nft's
                 if not self.again():
                     raise
                 break
             self.applied = digest(text)
+            self.fill()  # what came meanwhile
             if self.table.foreign:  # others were at it meanwhile, and `look` has heard of that already
                 self.applied = self.table.holds()
                 self.repairs += 1

@@ -127,6 +127,26 @@ class Requests:
             results += self._batch(requests[start : start + BATCH])
         return results
 
+    def transaction(self, begin: bytes, change: bytes, end: bytes) -> None:
+        """Send a change between the two messages that nfnetlink wants around it. Raises KernelError.
+
+        Only `change` asks for an acknowledgement; all three have one sequence number, as the kernel may
+        refuse the first.
+        """
+        self.sequence += 1
+        data = bytearray()
+        for message in (begin, change, end):
+            at = len(data)
+            data += message
+            struct.pack_into("=I", data, at + 8, self.sequence)
+        self._send(data)
+        while True:
+            for kind, _, sequence, message in messages_in(self._receive()):
+                if kind == NLMSG_ERROR and sequence == self.sequence:
+                    if error := _error(message, "change"):
+                        raise error
+                    return
+
     def _batch(self, requests: Sequence[bytes]) -> list[KernelError | None]:
         first = self.sequence + 1
         self.sequence += len(requests)

@@ -13,6 +13,11 @@ as those between these two have no gap, and none is higher, nobody has added or 
 needs neither a state file nor a comparison of texts, which nft prints differently with every version. It
 does not see what others do to elements of sets, to the policy of a chain, or to a rule by `nft replace`,
 which keeps its handle: these are known from events, so not if they happened while no daemon ran.
+
+The sets of units (`units.set_of`) stay too, with their elements: systemd puts cgroups into them as units
+start (NFTSet=), and one that it adds during a replacement must not get lost. So their elements are no part of
+the text, and others may change them: `stirred` says so, and `put` adds ours again. Their type is one for all
+time; another one needs another name.
 """
 
 import asyncio
@@ -23,10 +28,11 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Final
 
+from pbrd import elements
 from pbrd.errors import KernelError
 from pbrd.netlink import (
     ANSWER_LIMIT,
@@ -38,6 +44,7 @@ from pbrd.netlink import (
     Requests,
     messages_in,
 )
+from pbrd.units import SET
 
 CHANGED: Final = "changed"  # what `holds` says of a table that is no longer as we made it
 DEADLINE = 60.0  # seconds; 5,000 rules take 0.5, and a router may be thirty times slower
@@ -79,6 +86,8 @@ class Table:
         self.named = False  # events of a transaction that is not complete yet name our table
         self.foreign = False  # somebody else changed our table since we last replaced it
         self.again = False  # the next `disturbed` is true
+        self.touched = False  # such events change elements of units' sets
+        self.stirred = False  # somebody else changed those since this was last set to False
         self.held: str | None = None  # what `holds` said last, or what was made since
 
     def close(self) -> None:
@@ -90,14 +99,15 @@ class Table:
 
     # --- writing ------------------------------------------------------------------------------
 
-    async def replace(self, text: str) -> None:
+    async def replace(self, text: str, members: str = "") -> None:
         """Make the kernel hold exactly the table that `text` describes, in one transaction; "" is none.
 
-        Packets see the old table or the new one. Contents that rules and `update` put into sets are lost.
+        Packets see the old table or the new one. Contents that rules and `update` put into sets are lost,
+        but for the sets of units; the commands `members` add to these in the same transaction.
         Raises KernelError with nft's own words and the line they are about; then nothing has changed.
         """
         seal = f"add chain inet pbrd {SEAL}{digest(text)}\n"
-        script = f"table inet pbrd {{ chain {BEGUN} {{}}; }}\n{text}\n{seal}" if text else ""
+        script = f"table inet pbrd {{ chain {BEGUN} {{}}; }}\n{text}\n{members}{seal}" if text else ""
         self._drain()
         before, self.foreign = self.foreign, False
         ours = self.held not in (None, CHANGED) and not before
@@ -116,15 +126,16 @@ class Table:
         self.held = digest(text)
 
     def _emptied(self, text: str) -> str:
-        """Return what takes everything out of our table but the base chains that `text` has too.
+        """Return what empties our table but for the base chains and units' sets that `text` has too.
 
         So a base chain of another hook or priority needs another name.
         """
         stay = set(re.findall(r"chain (\S+) \{\n\s*type ", text))
+        filled = set(re.findall(rf"set ({SET}\S+) \{{", text))
         script = ["flush table inet pbrd"]
         for message in self._parts(NFT_MSG_GETSET):
             flags = _number(message, NFTA_SET_FLAGS)
-            if not flags & NFT_SET_ANONYMOUS:
+            if not flags & NFT_SET_ANONYMOUS and _name(message, NFTA_SET_NAME) not in filled:
                 kind = "map" if flags & NFT_SET_MAP else "set"
                 script.append(f"delete {kind} inet pbrd {_name(message, NFTA_SET_NAME)}")
         for message in self._parts(NFT_MSG_GETCHAIN):
@@ -140,6 +151,31 @@ class Table:
         KernelError; then nothing has changed.
         """
         await self._run(text)
+
+    def put(self, name: str, cgroups: Iterable[int]) -> None:
+        """Add cgroups to a unit's set at once, without nft(8); raises KernelError, ENOENT without the set."""
+        self._change(elements.addition("pbrd", name, cgroups))
+
+    def take(self, name: str, cgroups: Iterable[int]) -> None:
+        """Take cgroups out of a unit's set, of those that are still in it. Raises KernelError."""
+        for cgroup in cgroups:  # one that is missing would fail them all
+            try:
+                self._change(elements.removal("pbrd", name, [cgroup]))
+            except KernelError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+
+    def _change(self, message: bytes) -> None:
+        if self.requests is None:
+            raise KernelError("cannot change nftables: the kernel has none", errno.ENOENT)
+        self._drain()
+        we = threading.get_native_id()
+        self.own.add(we)
+        try:
+            self.requests.transaction(elements.BEGIN, message, elements.END)
+        finally:
+            self._drain()
+            self.own.discard(we)
 
     async def _run(self, script: str) -> None:
         self._drain()
@@ -208,7 +244,7 @@ class Table:
     def _sealed(self) -> str | None:
         """Return the digest, if the handles prove that it is still true."""
         handles: list[int] = []
-        kept: set[int] = set()  # base chains, which may be older than the rest
+        kept: set[int] = set()  # base chains and units' sets, which may be older than the rest
         begun, seals = 0, dict[int, str]()
         for kind, attribute in HANDLES:
             for message in self._parts(kind):
@@ -221,6 +257,8 @@ class Table:
                         seals[handle] = name[len(SEAL) :]
                     if _attribute(message, NFTA_CHAIN_HOOK):
                         kept.add(handle)
+                elif kind == NFT_MSG_GETSET and _name(message, NFTA_SET_NAME).startswith(SET):
+                    kept.add(handle)
         made = sorted(handle for handle in handles if handle >= begun)
         older = [handle for handle in handles if handle < begun and handle not in kept]
         if begun and not older and len(seals) == 1 and made == list(range(begun, begun + len(made))):
@@ -283,7 +321,7 @@ class Table:
                     raise KernelError(
                         f"cannot hear nftables' events: {os.strerror(error.errno or 0)}", error.errno or 0
                     ) from error
-                self.named, self.again = False, True
+                self.named, self.again, self.stirred = False, True, True
                 continue
             self._take(data)
 
@@ -293,9 +331,16 @@ class Table:
             ours = _number(data, NFTA_GEN_PROC_PID) in self.own if self.pids_tell else bool(self.own)
             if self.named and not ours:
                 self.foreign = self.again = True
-            self.named = False
+            self.stirred |= self.touched and not ours
+            self.named = self.touched = False
         elif not self.named and NAMED in data:
-            self.named = any(m[16] == NFPROTO_INET and m[20:32] == NAMED for *_, m in messages_in(data))
+            for kind, _, _, message in messages_in(data):
+                if message[16] == NFPROTO_INET and message[20:32] == NAMED:
+                    members = kind & 0xFF in elements.CHANGES and _name(message, NFTA_SET_NAME).startswith(
+                        SET
+                    )
+                    self.touched |= members
+                    self.named |= not members
 
 
 def _request(kind: int, body: bytes, *, dump: bool = True) -> bytes:

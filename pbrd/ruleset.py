@@ -21,6 +21,7 @@ from pbrd.marks import INBOUND, Marks, marks_of, pin_of
 from pbrd.objects import Key, Standing
 from pbrd.rules import ICMP, ICMPV6
 from pbrd.settings import Config, Fallback, Family, Match, Network, Policy, Range, Sticky, Uplink
+from pbrd.units import set_of
 
 SEED = 0x70627264  # of the hash that keeps a client on its uplink: the same after every restart
 BEHIND_DNAT = -90  # what leaves is judged, as by rules; and marks of others are set by then (mangle, -150)
@@ -36,7 +37,7 @@ class _Writer:
     marks: Marks
     classes: Classification
     block: int  # number of the first class: that of connections which no policy matched
-    units: Mapping[str, tuple[str, ...]]  # unit → expressions that match its cgroups
+    units: Mapping[str, tuple[int, ...]]  # unit → levels at which its cgroups may lie
     usable: frozenset[str]
     tunnels: tuple[int, ...]  # marks of packets that carry a tunnel: they go by the rules alone
     sets: list[str] = field(default_factory=list)
@@ -136,11 +137,18 @@ class _Writer:
         everywhere = [self.ports(match), *self.owners(match, local)]
         for way in self.ways_in(match, local):
             for family, addresses in self.address_parts(name, match):
-                units = [e for unit in match.unit for e in self.units.get(unit, ())] if match.unit else [""]
-                for unit, mark in product(units, match.fwmark or (None,)):
+                for unit, mark in product(self.members(match), match.fwmark or (None,)):
                     foreign = f"meta mark & {mark.mask:#x} == {mark.value:#x}" if mark else ""
                     parts = (way, addresses, *everywhere, foreign, unit)
                     yield family, " ".join(part for part in parts if part)
+
+    def members(self, match: Match) -> list[str]:
+        """Return an expression for each set of a unit and each level."""
+        return [
+            f"socket cgroupv2 level {level} @{set_of(unit)}"
+            for unit in match.unit
+            for level in self.units.get(unit, ())
+        ] or ([] if match.unit else [""])
 
     def ways_in(self, match: Match, local: bool) -> tuple[str, ...]:
         names = [f'"{name}"' for name in match.iif if name != "lo"]
@@ -309,22 +317,24 @@ class _Writer:
             *self.hooks(),
             *self.nat(),
         ]
-        inside = "\n".join(f"\t{line}" for part in (*self.sets, *parts) for line in part.splitlines())
+        units = (f"set {set_of(unit)} {{ type cgroupsv2; }}" for unit in sorted(self.units))
+        inside = "\n".join(f"\t{line}" for part in (*units, *self.sets, *parts) for line in part.splitlines())
         return f"table inet pbrd {{\n{inside}\n}}\n"
 
 
 def text(
     config: Config,
     block: int,
-    units: Mapping[str, tuple[str, ...]],
+    units: Mapping[str, tuple[int, ...]],
     usable: Iterable[str],
     tunnels: Iterable[int] = (),
 ) -> str:
     """Return the table for `config`, or "" if nothing needs it.
 
-    `block` is the number of its first class (`marks.blocks_of`). `units` has nft expressions for the cgroups
-    of the units that policies name and that run now. `usable` are the uplinks that balanced connections may
-    go to. `tunnels` are the marks of packets that carry tunnels of others.
+    `block` is the number of its first class (`marks.blocks_of`). `units` has the levels at which the cgroups
+    of units may lie; each gets a set (`units.set_of`), which is filled apart from this text. `usable` are the
+    uplinks that balanced connections may go to. `tunnels` are the marks of packets that carry tunnels of
+    others.
     """
     if not uses_nft(config):
         return ""

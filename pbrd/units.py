@@ -2,11 +2,25 @@
 
 A slice is matched at its own level of the tree, and so is everything that runs below it, now and later.
 The names of slices say where they lie: `a-b.slice` is `a.slice/a-b.slice` (systemd.slice(5)).
+
+Each unit has a set of cgroups of its own in our table, also while it doesn't run. Its rules ask for the set
+at every depth at which the unit may lie: a number belongs to one cgroup alone, so at most one of them
+matches, and a unit that starts somewhere changes elements and no rule. systemd fills the same set with
+`NFTSet=`.
 """
 
+import hashlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 PREFIX = "uplink-"  # of the slices whose traffic takes one uplink
+SET = "unit_"  # how the names of the units' sets begin
+SET_NAME = 31  # characters that systemd takes, and of these only letters, digits, "_", "." and "/" (NFTSet=)
+# Depths of services and scopes: from system.slice/x.service by system.slice/system-x.slice/x@1.service to
+# user.slice/user-1000.slice/user@1000.service/app.slice/app-x.slice/x.service
+DEPTHS = (2, 3, 4, 5, 6)
+USER_MANAGER = 3  # user.slice/user-1000.slice/user@1000.service
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +39,45 @@ def file(cgroup: CGroup) -> str:
     return f"{cgroup.mount}/{cgroup.path}" if cgroup.mount else cgroup.path
 
 
-def expression(cgroup: CGroup) -> str:
-    """Return the nft expression that holds for traffic of the cgroup's processes, in the output hook."""
-    return f'socket cgroupv2 level {cgroup.level} "{file(cgroup)}"'
+def set_of(unit: str) -> str:
+    """Return the name of the unit's set: "unit_restic.service".
+
+    What nft or systemd don't take in a name is written "/" and its two hexadecimal digits, as in
+    "unit_foo/40bar.service" for foo@bar.service. What is too long is cut, and ends in "//" and 8 digits
+    of its SHA-256.
+    """
+    name = SET + re.sub(r"[^A-Za-z0-9_.]", lambda found: f"/{ord(found[0]):02x}", unit)
+    if len(name) <= SET_NAME:
+        return name
+    return f"{name[: SET_NAME - 10]}//{hashlib.sha256(unit.encode()).hexdigest()[:8]}"
+
+
+def setting_of(unit: str) -> str:
+    """Return the line by which systemd (255 and later) fills the unit's set before anything runs in it."""
+    return f"NFTSet=cgroup:inet:pbrd:{set_of(unit)}"
+
+
+def levels_of(unit: str, above: int = 0) -> tuple[int, ...]:
+    """Return the levels at which `unit` may lie, of the system's manager or of a user's.
+
+    `above` are the levels between the kernel's root and that of the hierarchy that we see.
+    """
+    own = slice_path(unit).count("/") + 1
+    depths = (own, USER_MANAGER + own) if unit.endswith(".slice") else DEPTHS
+    return tuple(above + depth for depth in depths)
+
+
+def additions(members: Mapping[str, tuple[CGroup, ...]]) -> str:
+    """Return the nft(8) commands that put these cgroups into the sets of their units."""
+    return "".join(
+        f"add element inet pbrd {set_of(unit)} {{ {', '.join(_quoted(one) for one in cgroups)} }}\n"
+        for unit, cgroups in members.items()
+        if cgroups
+    )
+
+
+def _quoted(cgroup: CGroup) -> str:
+    return f'"{file(cgroup)}"'
 
 
 def slice_of(uplink: str) -> str:

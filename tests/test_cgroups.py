@@ -12,7 +12,7 @@ import pytest
 from conftest import eventually
 
 from pbrd import netns
-from pbrd.cgroups import CGroup, Hierarchy, Watch, expression, hierarchy, paths_of, slice_of, slice_path
+from pbrd.cgroups import CGroup, Hierarchy, Watch, hierarchy, paths_of, slice_of, slice_path
 from pbrd.errors import LabError, PbrdError
 from pbrd.netns import Namespace
 from pbrd.units import file
@@ -66,6 +66,11 @@ def space(no_lab: str) -> Iterator[Namespace]:
 def fresh(kind: str = "service") -> str:
     """A unit's name that nobody else has."""
     return f"pbrd-test-{os.getpid()}-{next(numbers)}.{kind}"
+
+
+def expression(cgroup: CGroup) -> str:
+    """What holds for traffic of the cgroup's processes."""
+    return f'socket cgroupv2 level {cgroup.level} "{file(cgroup)}"'
 
 
 def count_in_output(space: Namespace, match: str) -> None:
@@ -143,11 +148,10 @@ def test_the_search_ends_however_many_slices_a_user_makes(tmp_path: Path) -> Non
     assert len(found["late.slice"]) <= 1023
 
 
-def test_an_expression_names_the_cgroup_as_nft_finds_it() -> None:
-    cgroup = CGroup("b.service", "a.slice/b.service", 2, 4711)
-    assert expression(cgroup) == 'socket cgroupv2 level 2 "a.slice/b.service"'
+def test_a_cgroup_is_named_as_nft_finds_it() -> None:
+    assert file(CGroup("b.service", "a.slice/b.service", 2, 4711)) == "a.slice/b.service"
     hybrid = CGroup("b.service", "a.slice/b.service", 2, 4711, mount="unified")
-    assert expression(hybrid) == 'socket cgroupv2 level 2 "unified/a.slice/b.service"'
+    assert file(hybrid) == "unified/a.slice/b.service"
     assert Hierarchy(Path("/sys/fs/cgroup")).below_nft == ""
     assert Hierarchy(Path("/sys/fs/cgroup/unified")).below_nft == "unified"
     assert Hierarchy(Path("/mnt/cg")).below_nft == "../../../mnt/cg"

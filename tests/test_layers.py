@@ -27,7 +27,8 @@ PURE = frozenset({
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
     ("file", frozenset({"statefile"})),
-    ("codec", frozenset({"rtnetlink", "linkinfo", "varlink"})),  # bytes to values and back; no I/O
+    # bytes to values and back; no I/O
+    ("codec", frozenset({"rtnetlink", "linkinfo", "varlink", "elements"})),
     # bytes in and out; the shells know what they mean
     ("line", frozenset({"netlink", "sysctl", "netns", "journal"})),
     ("shell", frozenset({

@@ -238,6 +238,80 @@ def test_own_changes_are_known_in_a_pid_namespace_too(table: Table, known: bool)
     assert table.disturbed()
 
 
+# --- sets of units ----------------------------------------------------------------------------
+
+UNITS = """\
+table inet pbrd {
+	set unit_a.service { type cgroupsv2; }
+	chain output {
+		type route hook output priority mangle; policy accept;
+		socket cgroupv2 level 2 @unit_a.service counter
+	}
+}
+"""
+MORE = UNITS.replace("counter", "accept").replace(
+    "\tchain", "\tset unit_b.service { type cgroupsv2; }\n\tchain"
+)
+GONE = 1 << 40  # ids that no cgroup of this machine has: nft shows them as numbers
+
+
+def elements(name: str) -> list[int]:
+    shown = nft(f"list set inet pbrd {name}")
+    found = re.search(r"elements = \{ ([^}]*) \}", shown)
+    return sorted(map(int, found[1].split(","))) if found else []
+
+
+def test_cgroups_are_put_into_a_units_set_and_taken_out_without_nft(table: Table) -> None:
+    run(table.replace(UNITS))
+    table.put("unit_a.service", [GONE, GONE + 1])
+    table.put("unit_a.service", [GONE + 1, GONE + 2])
+    assert elements("unit_a.service") == [GONE, GONE + 1, GONE + 2]
+    table.take("unit_a.service", [GONE + 7, GONE])
+    assert elements("unit_a.service") == [GONE + 1, GONE + 2]
+    assert not table.disturbed()
+    assert not table.stirred
+    assert table.holds() == restarted() == digest(UNITS)
+
+
+def test_a_set_that_is_not_there_is_told_apart(table: Table) -> None:
+    for text in ("", OTHER):
+        run(table.replace(text))
+        with pytest.raises(KernelError) as caught:
+            table.put("unit_a.service", [GONE])
+        assert caught.value.errno == errno.ENOENT
+        table.take("unit_a.service", [GONE])
+
+
+def test_sets_of_units_stay_with_their_elements_when_the_table_is_replaced(table: Table) -> None:
+    run(table.replace(UNITS))
+    table.put("unit_a.service", [GONE])
+    for text in (MORE, UNITS, MORE):
+        run(table.replace(text))
+        assert elements("unit_a.service") == [GONE]
+        assert table.holds() == restarted() == digest(text)
+    table.put("unit_b.service", [GONE])
+    run(table.replace(UNITS))
+    assert "unit_b" not in nft("list table inet pbrd")
+    run(table.replace(OTHER))
+    assert "unit_" not in nft("list table inet pbrd")
+
+
+def test_what_others_do_to_elements_of_units_is_heard_and_no_change_of_the_table(table: Table) -> None:
+    run(table.replace(UNITS))
+    table.put("unit_a.service", [GONE])
+    nft("flush set inet pbrd unit_a.service")
+    assert not table.disturbed()
+    assert table.stirred
+    assert table.holds() == restarted() == digest(UNITS)
+
+
+def test_what_others_do_to_a_set_itself_is_a_change(table: Table) -> None:
+    run(table.replace(UNITS))
+    nft("add set inet pbrd unit_c.service { type cgroupsv2; }")
+    assert table.disturbed()
+    assert table.holds() == restarted() == CHANGED
+
+
 # --- what goes wrong --------------------------------------------------------------------------
 
 

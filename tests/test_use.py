@@ -16,7 +16,7 @@ from pbrd import netns
 from pbrd.cgroups import hierarchy, paths_of
 from pbrd.errors import PbrdError
 from pbrd.netns import Namespace
-from pbrd.units import CGroup, expression, slice_of, slice_path
+from pbrd.units import CGroup, file, slice_of, slice_path
 from pbrd.use import SYSTEMD, doubts, main, scope_command
 
 numbers = itertools.count()
@@ -182,7 +182,7 @@ def test_its_first_packet_is_matched_already(use: Run, daemon_answers: Answerer,
         with netns.inside(name):
             child = use("ping", "-c", "1", "-W", "1", "127.0.0.1")
         [cgroup] = eventually(lambda: daemon_answers.cgroups)
-        space.nft(f"add rule inet t o {expression(cgroup)} counter")
+        space.nft(f'add rule inet t o socket cgroupv2 level {cgroup.level} "{file(cgroup)}" counter')
         daemon_answers.delay = 0
         assert finished(child)[0] == 0
         assert "counter packets 1 " in space.nft("list chain inet t o")
