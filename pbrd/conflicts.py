@@ -15,6 +15,7 @@ from pbrd.plan import route_text
 from pbrd.precedence import HALVES, OWNED, kill_switch, several
 from pbrd.rules import policy_families, tunnel_mark
 from pbrd.settings import Config, Family, GatewayMode, Policy, Uplink
+from pbrd.units import setting_of
 
 ALL = 0xFFFFFFFF
 
@@ -36,6 +37,7 @@ def findings(config: Config, machine: Machine) -> tuple[Finding, ...]:
         *_networkd(config, machine),
         *_switches(config, machine),
         *_offloads(config, machine),
+        *_units(config, machine),
     )
     return tuple(sorted(dict.fromkeys(found), key=lambda finding: finding.harmless))
 
@@ -243,3 +245,21 @@ def _offloads(config: Config, machine: Machine) -> Iterator[Finding]:
                 "they "
                 f"may stay on it until they end; leave {' and '.join(devices)} out of its devices",
             )
+
+
+def _units(config: Config, machine: Machine) -> Iterator[Finding]:
+    for unit in machine.unfilled:
+        names = [policy.name for policy in config.policies if unit in policy.match.unit]
+        yield Finding(
+            f"policies.{names[0]}.match.unit",
+            f'what "{unit}" sends in its first milliseconds may leave elsewhere, and all that it sends when '
+            "it was started while pbrd is stopped; to close its kill switch from its first packet on: "
+            f"systemctl edit {_quoted(unit)}, and {setting_of(unit)} below "
+            f"[{'Slice' if unit.endswith('.slice') else 'Service'}]",
+            harmless=True,
+        )
+
+
+def _quoted(unit: str) -> str:
+    """Return a unit's name for a shell: of what names may hold, only the backslash means something there."""
+    return f"'{unit}'" if "\\" in unit else unit

@@ -5,6 +5,7 @@ as it may hold a million: IPv4 has its defaults at the beginning, but IPv6 at th
 """
 
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
@@ -16,7 +17,8 @@ from pbrd.names import files as files_of_ours
 from pbrd.neighbours import ForeignRoute, Interface, Machine
 from pbrd.netlink import Requests
 from pbrd.objects import MAIN_TABLE, ForeignRule, Sysctl
-from pbrd.settings import PROTOCOL, Config, Family
+from pbrd.settings import KILL_SWITCHES, PROTOCOL, Config, Family
+from pbrd.units import fills
 
 LIMIT = 2000  # routes of one table
 TABLES = 64  # foreign tables that are looked into because a rule or a file names them
@@ -28,12 +30,14 @@ NETPLAN = ("/etc/netplan", "/run/netplan", "/usr/lib/netplan")
 KEYFILES = ("/etc/NetworkManager/system-connections", "/run/NetworkManager/system-connections")
 IPROUTE2 = ("/etc/iproute2", "/usr/share/iproute2", "/usr/lib/iproute2")
 ROOT = Path("/")
+NFTSET_SINCE = 255  # version of systemd, systemd.resource-control(5)
 
 
 def look(config: Config, root: Path = ROOT, *, rulesets: bool = True) -> Machine:
     """Return what concerns `config`. Raises KernelError.
 
-    `root` is where files are looked for. Without `rulesets` those of nft and iptables are not listed.
+    `root` is where files are looked for. Without `rulesets` those of nft and iptables are not listed, and
+    systemd is not asked for units.
     """
     families = (Family.IPV4, Family.IPV6) if sysctl.has_ipv6() else (Family.IPV4,)
     with closing(Requests()) as requests:
@@ -59,6 +63,7 @@ def look(config: Config, root: Path = ROOT, *, rulesets: bool = True) -> Machine
         {family: _switch(family, "all", "forwarding") == 1 for family in families},
         setters,
         flowtables,
+        tuple(_unfilled(config, root)) if rulesets else (),
     )
 
 
@@ -167,6 +172,26 @@ def _networkd(root: Path) -> dict[str, tuple[bool, str]] | None:
     files += _texts(root, [f"{directory}/networkd.conf.d" for directory in NETWORKD], "*.conf")
     keys = ("ManageForeignRoutes", "ManageForeignRoutingPolicyRules")
     return {key: said for key in keys if (said := netfiles.setting(files, key)) is not None}
+
+
+# --- systemd ----------------------------------------------------------------------------------
+
+
+def _unfilled(config: Config, root: Path) -> Iterator[str]:
+    """Yield the units of kill switches that have no NFTSet= for their sets, where systemd knows it.
+
+    The files are read: `systemctl show` of systemd 257 calls the value unprintable.
+    """
+    switches = [policy for policy in config.policies if policy.fallback in KILL_SWITCHES]
+    units = sorted({unit for policy in switches for unit in policy.match.unit})
+    if not units or not (root / "run/systemd/system").exists():
+        return
+    version = re.match(r"systemd (\d+)", _output("systemctl", "--version"))
+    if version and int(version[1]) >= NFTSET_SINCE:
+        for unit in units:
+            text = "" if unit.endswith(".scope") else _output("systemctl", "cat", "--", unit)
+            if text and not fills(text, unit):
+                yield unit
 
 
 # --- firewalls --------------------------------------------------------------------------------

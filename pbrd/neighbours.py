@@ -61,6 +61,7 @@ class Machine:
     forwarding: Mapping[Family, bool] = field(default_factory=dict)
     setters: tuple[MarkSetter, ...] = ()
     flowtables: tuple[Flowtable, ...] = ()
+    unfilled: tuple[str, ...] = ()  # units of kill switches whose sets systemd could fill and does not
 
     def defaults_in(self, family: Family, table: int) -> tuple[ForeignRoute, ...]:
         """Return the default routes of others in a table."""

@@ -57,6 +57,17 @@ def setting_of(unit: str) -> str:
     return f"NFTSet=cgroup:inet:pbrd:{set_of(unit)}"
 
 
+def fills(text: str, unit: str) -> bool:
+    """Say whether the files of a unit (`systemctl cat`) have systemd fill the unit's set."""
+    wanted = setting_of(unit).removeprefix("NFTSet=")
+    found = False
+    for line in text.splitlines():
+        key, is_setting, value = line.partition("=")
+        if is_setting and key.strip() == "NFTSet":
+            found = wanted in value.split() or (found and bool(value.strip()))  # an empty one forgets all
+    return found
+
+
 def levels_of(unit: str, above: int = 0) -> tuple[int, ...]:
     """Return the levels at which `unit` may lie, of the system's manager or of a user's.
 

@@ -18,6 +18,7 @@ from pbrd.lab import Lab
 from pbrd.neighbours import Finding, Interface, Machine
 from pbrd.netfiles import Entry
 from pbrd.settings import Config, Family
+from pbrd.units import setting_of
 
 POLICIES = """
 [[policies]]
@@ -507,6 +508,21 @@ def test_flowtables() -> None:
         "nft flowtable inet ft: ",
         "leave fiber out",
     )
+
+
+def test_kill_switches_on_units_that_systemd_could_close_at_once() -> None:
+    policy = '[[policies]]\nname = "u"\nmatch = {{ unit = "{0}" }}\nvia = ["lte"]\nfallback = "blackhole"\n'
+    for unit, section in (("a@b.service", "Service"), ("x.slice", "Slice")):
+        here = Machine(interfaces={"fiber": Interface("fiber"), "lte": Interface("lte")}, unfilled=(unit,))
+        found = [
+            f
+            for f in conflicts.findings(
+                config_of(CONFIG.replace("[default]", policy.format(unit) + "[default]")), here
+            )
+            if f.harmless
+        ]
+        wanted = f"systemctl edit {unit}, and {setting_of(unit)} below [{section}]"
+        one([line(f) for f in found], "policies.u.match.unit: ", wanted)
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -98,3 +98,13 @@ def test_a_replaced_table_keeps_what_systemd_has_put_in(make_box: MakeBox, lab: 
     assert members(service) == before
     service.box.enter(["nft", "flush", "ruleset"])
     assert eventually(lambda: members(service)) == before
+
+
+def test_check_shows_the_line_for_a_kill_switch_that_lacks_it(make_box: MakeBox, lab: Lab) -> None:
+    service = boot(make_box, lab)
+    command = ["pbrd", "check"]
+    assert "NFTSet" not in service.box.enter(command).stderr
+    service.box.write({f"/etc/systemd/system/{UNIT}.d/pbrd.conf": "[Service]\nIPAccounting=yes\n"})
+    told = service.box.enter(command).stderr
+    assert f'note: policies.sender.match.unit: what "{UNIT}" sends' in told
+    assert f"systemctl edit {UNIT}, and {setting_of(UNIT)} below [Service]\n" in told

@@ -14,7 +14,7 @@ from conftest import HEAD, ROOT, UPLINKS, StartDaemon, eventually
 from pbrd.cgroups import hierarchy, paths_of
 from pbrd.errors import PbrdError
 from pbrd.lab import TARGETS, Lab
-from pbrd.units import file, levels_of, set_of, setting_of
+from pbrd.units import file, fills, levels_of, set_of, setting_of
 
 BASE = HEAD + "[probe]\ntargets = []\n" + UPLINKS
 DEFAULT = '[default]\nvia = ["fiber", "lte"]\n'
@@ -235,6 +235,22 @@ def test_names_of_sets_are_such_as_systemd_and_nft_take(lab: Lab, unit: str, nam
 def test_a_unit_is_looked_for_where_systemd_may_put_it(unit: str, levels: tuple[int, ...]) -> None:
     assert levels_of(unit) == levels
     assert levels_of(unit, 1) == tuple(level + 1 for level in levels)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[Service]\nNFTSet=cgroup:inet:pbrd:unit_a.service\n", True),
+        ("NFTSet = user:inet:x:y  cgroup:inet:pbrd:unit_a.service", True),
+        ("NFTSet=cgroup:inet:pbrd:unit_a.service\nNFTSet=user:inet:x:y", True),
+        ("NFTSet=cgroup:inet:pbrd:unit_a.service\nNFTSet=\n", False),
+        ("NFTSet=cgroup:inet:pbrd:unit_ab.service", False),
+        ("# NFTSet=cgroup:inet:pbrd:unit_a.service", False),
+        ("[Service]\nExecStart=/bin/true", False),
+    ],
+)
+def test_the_files_of_a_unit_say_whether_systemd_fills_its_set(text: str, told: bool) -> None:
+    assert fills(text, "a.service") is told
 
 
 def test_a_slice_covers_all_that_runs_in_it(lab: Lab, daemon: StartDaemon, unit: Path) -> None:
