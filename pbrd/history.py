@@ -1,34 +1,32 @@
 """`pbrd events`: the past transitions, and those to come, from systemd's journal or from the daemon's ring.
 
-The journal is read by journalctl: it is there wherever a journal is, and knows every format of its files.
-systemd-python's Reader would be a compiled dependency, and parses no times.
+The ring is all that there is without a journal, without a right to read it, and without systemd-python.
 """
 
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
+from pbrd import journalreader
 from pbrd.client import call, follow
-from pbrd.errors import ControlError, NotRunning, PbrdError
+from pbrd.errors import ControlError, NotRunning
 from pbrd.events import IDS, from_journal
 from pbrd.timestamp import parse
 
 Document = dict[str, Any]
 
-JOURNALS = ("/var/log/journal", "/run/log/journal")
 RING = 1000  # more than the daemon keeps is not to be had from it
 LAST = 10  # events to begin with when following, as journalctl has it
+NOWHERE = "no journal is kept here"
+PERMISSION = "older ones are in the journal, which root and the groups systemd-journal and adm may read"
+INSTALL = "to read the journal, too, install python3-systemd (Debian, Ubuntu), elsewhere systemd-python"
 PAUSE = 1.0  # seconds between two tries to reach a daemon that has gone
 HEAD = ("TIME", "EVENT", "WHAT", "CHANGE", "WHY")
 WIDTHS = (23, max(map(len, IDS)), 8, 18, 0)  # at least, so that the columns of one who follows stand still
@@ -97,74 +95,56 @@ def since(text: str) -> datetime:
 
 
 def _source(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
-    """Choose the journal if the daemon writes there and we may read it, else its ring."""
-    there = shutil.which("journalctl") is not None
-    readable = there and _may_read()
+    """Choose the journal if the daemon writes there and we can read it, else its ring."""
+    obstacle = _obstacle()
     try:
         logs_there = call(runtime_dir, "Monitor")["journal"]
     except NotRunning:
-        if not readable:
+        if obstacle == INSTALL:
+            print(f"pbrd: {obstacle}", file=sys.stderr)
+        if obstacle:
             raise
         logs_there = True
-    if logs_there and readable:
+    if logs_there and not obstacle:
         return _journal(runtime_dir, wanted)
-    if logs_there and there:
-        print(
-            "pbrd: these are the events since the daemon started; older ones are in the journal, "
-            "which root and the groups systemd-journal and adm may read",
-            file=sys.stderr,
-        )
+    if logs_there and obstacle != NOWHERE:
+        print(f"pbrd: these are the events since the daemon started; {obstacle}", file=sys.stderr)
     return _ring(runtime_dir, wanted)
 
 
-def _may_read() -> bool:
-    """Say whether the system's journal can be read by us."""
-    files = chain.from_iterable(Path(journal).glob("*/system.journal") for journal in JOURNALS)
-    return any(os.access(file, os.R_OK) for file in files)
+def _obstacle() -> str:
+    """Return what keeps us from reading the system's journal; "" if nothing does."""
+    if not journalreader.is_readable():
+        return PERMISSION if journalreader.is_there() else NOWHERE
+    return "" if journalreader.is_installed() else INSTALL
 
 
 def _journal(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
-    argv = ["journalctl", "--quiet", "--no-pager", "--all", "--output=json", "--identifier=pbrd"]
-    if wanted.since is not None:
-        argv.append(f"--since=@{wanted.since.timestamp():.6f}")
-    if wanted.last is not None:
-        argv.append(f"--lines={wanted.last}")
-    if wanted.follow:
-        argv.append("--follow")
-    argv += _matches(os.path.abspath(runtime_dir), wanted)
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as journalctl:
-        assert journalctl.stdout is not None and journalctl.stderr is not None  # noqa: S101, PT018 - for mypy
-        try:
-            for line in journalctl.stdout:
-                yield from_journal(_text(json.loads(line)))
-        finally:
-            if journalctl.poll() is None and wanted.follow:
-                journalctl.terminate()
-        if journalctl.wait():
-            raise PbrdError(f"cannot read the journal: {journalctl.stderr.read().strip()}")
+    """Yield what the journal holds. What anybody else wrote there may lack what an event has."""
+    groups = _matches(os.path.abspath(runtime_dir), wanted)
+    for fields in journalreader.entries(groups, wanted.since, wanted.last, follow=wanted.follow):
+        if fields.get("PBRD_EVENT") in IDS:
+            event = from_journal(fields | {"PBRD_TIME": _moment(fields)})
+            if wanted.has(event):
+                yield event
 
 
-def _matches(runtime_dir: str, wanted: Wanted) -> list[str]:
-    """Return journalctl's matches. One of MESSAGE_ID's, and (where both are asked for) one of the names."""
-    every = [f"MESSAGE_ID={identifier}" for identifier in IDS.values()] + [f"PBRD_RUNTIME_DIR={runtime_dir}"]
+def _moment(fields: dict[str, str]) -> str:
+    """Return when it happened; when it arrived, if nothing usable says more."""
+    with suppress(KeyError, ValueError):
+        told = fields["PBRD_TIME"]
+        if datetime.fromisoformat(told).tzinfo is not None:
+            return told
+    return fields["time"]
+
+
+def _matches(runtime_dir: str, wanted: Wanted) -> list[list[str]]:
+    """Return the journal's matches: one of MESSAGE_ID's, and (where both are asked for) one of the names."""
+    every = ["SYSLOG_IDENTIFIER=pbrd", f"PBRD_RUNTIME_DIR={runtime_dir}"]
+    every += [f"MESSAGE_ID={identifier}" for identifier in IDS.values()]
     named = [f"PBRD_UPLINK={wanted.uplink}"] * bool(wanted.uplink)
     named += [f"PBRD_POLICY={wanted.policy}"] * bool(wanted.policy)
-    groups = [[*every, name] for name in named] or [every]
-    return groups[0] + [word for group in groups[1:] for word in ("+", *group)]
-
-
-def _text(entry: Document) -> dict[str, str]:
-    """Return an entry's fields as text. Unprintable ones come as bytes; those that stand twice, as a list."""
-    fields = {}
-    for name, value in entry.items():
-        if isinstance(value, list):
-            bytewise = all(isinstance(byte, int) for byte in value)
-            fields[name] = (
-                bytes(value).decode(errors="replace") if bytewise else _text({name: value[-1]})[name]
-            )
-        else:
-            fields[name] = str(value)
-    return fields
+    return [[*every, name] for name in named] or [every]
 
 
 def _ring(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from conftest import HEAD, PROBE, ROOT, UPLINKS, Daemon, StartDaemon, all_up, eventually
 
-from pbrd import history
 from pbrd.history import row
 from pbrd.lab import Lab
 
@@ -116,11 +115,6 @@ def test_a_wrong_moment_is_told_and_a_wrong_number_is_wrong_usage(lab: Lab, daem
     assert pbrd.command("events", "-n", "-1").returncode == 2
     pbrd.stop()
     assert pbrd.command("events").returncode == 3
-
-
-def test_fields_of_any_kind_become_text() -> None:
-    entry = {"MESSAGE": [195, 188, 0], "PBRD_UPLINK": ["first", "last"], "PRIORITY": "6", "X": [[97], [98]]}
-    assert history._text(entry) == {"MESSAGE": "ü\0", "PBRD_UPLINK": "last", "PRIORITY": "6", "X": "b"}
 
 
 @contextmanager

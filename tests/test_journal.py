@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,15 @@ def in_box(box: Box, code: str, *properties: str) -> str:
     return box.run([python(), "-I", "-c", IN_BOX + code], *properties).stdout
 
 
+def with_reader(box: Box) -> None:
+    """Skip the test if the box's Python has no systemd-python; that of the tests is built for another one."""
+    if box.enter([python(), "-I", "-c", f"{IN_BOX}import systemd.journal"], check=False).returncode:
+        pytest.skip(f"no systemd-python for {python()}: `make setup` builds it if a compiler is there")
+
+
 def events_of(service: Service, *arguments: str, unit: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """What `pbrd events --json` says in the box."""
+    with_reader(service.box)
     service.box.enter(["journalctl", "--sync"])
     told = service.box.run(["pbrd", "events", "--json", *arguments], *unit).stdout
     return [json.loads(line) for line in told.splitlines()]
@@ -107,6 +115,10 @@ def test_events_come_from_the_journal_as_the_daemon_has_them(failed_over: Servic
     assert events_of(service, "--since", "1h ago") == ring(service)
     assert events_of(service, "--since", fiber[2]["time"], "--uplink", "fiber") == fiber[2:]
     assert events_of(service, "--since", "@4000000000") == []
+    assert events_of(service, "--since", "@-1", "-n", "3") == ring(service)[-3:]
+    last = ring(service)[-1:]
+    assert events_of(service, "--since", last[0]["time"], "-n", "1000")[-1:] == last
+    assert events_of(service, "-n", "0") == []
 
 
 def test_the_past_outlives_the_daemon(failed_over: Service) -> None:
@@ -129,22 +141,92 @@ def test_who_may_not_read_the_journal_gets_the_daemons_own_events(failed_over: S
     assert "older ones are in the journal" in told
 
 
+@contextmanager
+def following(
+    service: Service, directory: Path, *arguments: str
+) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """`pbrd events --follow` in the box: what it has told until now. Ended by Ctrl-C."""
+    with_reader(service.box)
+    out = directory / "followed"
+    inside = ["nsenter", f"--target={service.box.leader}", "--all", "--"]
+    command = [*inside, "pbrd", "events", "--follow", "--json", *arguments]
+    with out.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, start_new_session=True)
+    try:
+        yield lambda: [json.loads(line) for line in out.read_text().splitlines()]
+    finally:
+        os.killpg(process.pid, signal.SIGINT)  # nsenter, too, as Ctrl-C does
+        process.wait(10)
+
+
 def test_following_shows_what_happens_and_ends_at_ctrl_c(make_box: MakeBox, lab: Lab, tmp_path: Path) -> None:
     service = start(make_box, lab)
-    out = tmp_path / "out"
-    with out.open("w") as file:
-        inside = ["nsenter", f"--target={service.box.leader}", "--all", "--"]
-        following = subprocess.Popen(
-            [*inside, "pbrd", "events", "--follow", "--json"], stdout=file, start_new_session=True
-        )
-    try:
-        eventually(lambda: "started" in out.read_text())
+    with following(service, tmp_path) as told:
+        eventually(lambda: told() and told() == ring(service))
         lab.carrier(0, False)
-        eventually(lambda: "uplink-down" in out.read_text())
-    finally:
-        os.killpg(following.pid, signal.SIGINT)  # nsenter, too, as Ctrl-C does
-        following.wait(10)
-    assert [json.loads(line) for line in out.read_text().splitlines()] == ring(service)[:99]
+        eventually(lambda: service.events("failover"))
+        eventually(lambda: told() == ring(service))
+        service.systemctl("restart")
+        eventually(lambda: [event["event"] for event in told()].count("started") == 2)
+        service.box.enter(["journalctl", "--rotate"])
+        service.box.enter(["pbrd", "drain", "lte"])
+        eventually(lambda: told()[-1]["event"] in ("uplink-drained", "failover"))
+
+
+def test_following_begins_where_it_is_told_to(make_box: MakeBox, lab: Lab, tmp_path: Path) -> None:
+    service = start(make_box, lab)
+    lte = ("--uplink", "lte", "--policy", "none of this name")
+    for name, arguments in (("none", ("-n", "0", *lte)), ("never", ("--since", "@4000000000"))):
+        (tmp_path / name).mkdir()
+        with following(service, tmp_path / name, *arguments) as told:
+            time.sleep(0.5)  # nothing is told meanwhile, and what is told later is new
+            assert told() == []
+            if name == "none":
+                service.box.enter(["pbrd", "drain", "lte"])
+                eventually(told)
+                assert told()[0]["event"] == "uplink-drained"
+    (tmp_path / "empty").mkdir()
+    with following(service, tmp_path / "empty", "--uplink", "fiber", "-n", "0") as told:
+        time.sleep(0.5)
+        service.box.enter(["pbrd", "drain", "fiber"])
+        eventually(told)
+        assert [event["event"] for event in told()] == ["uplink-drained"]
+
+
+def test_what_others_write_into_the_journal_breaks_nothing(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    code = r"""
+from pbrd.events import IDS
+from pbrd.journal import Journal
+entry = {"SYSLOG_IDENTIFIER": "pbrd", "MESSAGE_ID": IDS["reload"], "PBRD_RUNTIME_DIR": "/run/pbrd"}
+journal = Journal()
+journal.send(entry | {"MESSAGE": "no event"})
+journal.send(entry | {"MESSAGE": "no time", "PBRD_EVENT": "reload", "COREDUMP_TIMESTAMP": "9" * 30})
+journal.send(entry | {"MESSAGE": "no zone", "PBRD_EVENT": "reload", "PBRD_TIME": "2026-11-22"})
+journal.send(entry | {"MESSAGE": "\x00\xff\n", "PBRD_EVENT": "reload", "PBRD_UPLINK": "\x1b[2J"})
+journal._send(b"SYSLOG_IDENTIFIER=pbrd\nPBRD_EVENT=reload\nPBRD_POLICY=one\nPBRD_POLICY=two\n"
+              + b"MESSAGE_ID=" + IDS["reload"].encode() + b"\nPBRD_RUNTIME_DIR=/run/pbrd\nMESSAGE=\xff\n")
+"""
+    in_box(service.box, code)
+    forged = [event for event in events_of(service) if event not in ring(service)]
+    assert [event["message"] for event in forged] == ["no time", "no zone", "\0ÿ\n", "\ufffd"]
+    assert forged[-1]["policy"] in ("one", "two")
+    assert all(event["time"].endswith("Z") for event in forged)
+    assert service.box.run(["pbrd", "events", "--since", "1h ago"]).stdout.count("reload") == 4
+
+
+def test_without_systemd_python_it_is_the_daemons_own_events(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    places = (f"{PLACE}/libraries/systemd", "/usr/lib/python3/dist-packages/systemd")
+    without = f"InaccessiblePaths={' '.join(f'-{place}' for place in places)}"
+    told = service.box.run(["pbrd", "events", "--json"], without)
+    assert [json.loads(line) for line in told.stdout.splitlines()] == ring(service)
+    assert told.stderr.count("\n") == 1
+    assert "install python3-systemd" in told.stderr
+    service.systemctl("stop")
+    told = service.box.run(["pbrd", "events"], without, check=False)
+    assert (told.returncode, told.stdout) == (3, "")
+    assert "install python3-systemd" in told.stderr
 
 
 def test_lines_without_an_event_have_their_facts_as_fields(make_box: MakeBox, lab: Lab) -> None:

@@ -1,6 +1,7 @@
 """The Debian package, `make install`, man pages and completions: made, looked at, and lived with in a box."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -231,6 +232,22 @@ def test_what_is_installed_starts_without_the_environment(wheels: Path, tmp_path
     assert "3 uplinks" in checked
 
 
+def test_install_builds_systemd_python_for_a_python_that_has_none(wheels: Path, tmp_path: Path) -> None:
+    plain = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
+    code = f"import sys; sys.path.insert(0, '{tmp_path}/usr/lib/pbrd'); import systemd.journal"
+    check: list[str | Path] = [plain, "-IB", "-c", code]
+    if not plain.exists() or not subprocess.run(check, check=False, capture_output=True).returncode:
+        pytest.skip(f"{plain} has systemd-python already")
+    setting = {"DESTDIR": str(tmp_path), "PREFIX": "/usr", "PYTHON": str(plain), "WHEELS": str(wheels)}
+    installed = subprocess.run(
+        [PACKAGING / "install"], check=True, text=True, capture_output=True, env={**os.environ, **setting}
+    )
+    if "no systemd-python" in installed.stderr:
+        assert not (tmp_path / "usr/lib/pbrd/systemd").exists()
+        pytest.skip("systemd-python cannot be built here")
+    done([plain, "-ISB", "-c", code])
+
+
 # The package
 
 
@@ -238,6 +255,7 @@ def test_the_package_says_what_it_needs_and_holds_all_of_it(debs: Path) -> None:
     control = done(["dpkg-deb", "--field", debs / "old.deb"])
     assert f"Version: {OLD}\nArchitecture: all\n" in control
     assert re.search(r"^Depends: .*python3 \(>= 3.11\)", control, re.M)
+    assert re.search(r"^Recommends: .*python3-systemd", control, re.M)
     held = {
         line.split(maxsplit=5)[5] for line in done(["dpkg-deb", "--contents", debs / "old.deb"]).splitlines()
     }
@@ -359,6 +377,33 @@ def test_an_upgrade_replaces_the_daemon_without_a_lost_packet(machine: tuple[Lab
     assert '"version": "0.1.1"' in box.enter(["pbrd", "status", "--json"]).stdout
     assert lab.run(lab.router, "ip", "rule").stdout == rules
     assert box.show("pbrd.service", "UnitFileState") == {"UnitFileState": "enabled"}
+
+
+def test_events_are_read_by_the_distributions_library_and_nothing_else_of_it(
+    machine: tuple[Lab, Box],
+) -> None:
+    _, box = machine
+    if box.enter(["dpkg", "--status", "python3-systemd"], check=False).returncode:
+        pytest.skip("python3-systemd is not installed: `make setup` installs it")
+    dpkg(box, "--install", "/debs/old.deb")
+    box.write({"/etc/pbrd/pbrd.toml": CONFIG})
+    box.enter(["systemctl", "start", "pbrd"])
+    box.enter(["journalctl", "--sync"])
+    told = box.run(["pbrd", "events", "--json"])
+    assert (json.loads(told.stdout.splitlines()[0])["event"], told.stderr) == ("started", "")
+    code = (
+        "import sys; sys.path.insert(0, '/usr/lib/pbrd')\n"
+        "import importlib.util, structlog, systemd.journal\n"
+        "print(structlog.__file__, systemd.journal.__file__, importlib.util.find_spec('apt_pkg'), sys.path)"
+    )
+    ours, theirs, other, path = box.enter(["/usr/bin/python3", "-IBS", "-c", code]).stdout.split(maxsplit=3)
+    assert ours == "/usr/lib/pbrd/structlog/__init__.py"
+    assert theirs == "/usr/lib/pbrd/systemd/journal.py"
+    assert (other, "dist-packages" in path) == ("None", False)
+    dpkg(box, "--remove", "python3-systemd")
+    told = box.run(["pbrd", "events", "--json"])
+    assert json.loads(told.stdout.splitlines()[0])["event"] == "started"
+    assert "install python3-systemd" in told.stderr
 
 
 def test_an_upgrade_keeps_the_daemon_whose_config_the_new_version_refuses(machine: tuple[Lab, Box]) -> None:
