@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from box import Box
 from conftest import Leaving, Writes, eventually
-from service import CONFIG, UNIT, Service, networkd, seed, start, switch_off
+from service import CONFIG, HERE, UNIT, Service, networkd, seed, start, switch_off
 
 from pbrd.lab import LAN, LAN6, TARGETS, Lab
 
@@ -235,6 +235,16 @@ def test_it_stands_before_the_network_is_configured(make_box: MakeBox, lab: Lab)
 # --- how it is confined ---------------------------------------------------------------------------
 
 
+def test_the_unit_is_understood_and_confined_as_documented(make_box: MakeBox) -> None:
+    box = make_box(seed(enabled=False))
+    assert box.enter(["systemd-analyze", "verify", "--man=no", UNIT]).stderr == ""
+    exposure = re.search(
+        r"exposure level for \S+: (\S+)", box.enter(["systemd-analyze", "security", UNIT]).stdout
+    )
+    assert exposure is not None
+    assert f"`systemd-analyze security pbrd` says {exposure[1]}" in (HERE / "docs/service.md").read_text()
+
+
 def test_it_has_two_capabilities_and_no_home(make_box: MakeBox, lab: Lab) -> None:
     service = start(make_box, lab)
     status = (service.box.root / f"proc/{service.pid}/status").read_text()
@@ -270,12 +280,16 @@ def test_nothing_that_pbrd_does_is_denied_to_it(make_box: MakeBox, lab: Lab) -> 
         config = config.replace(f'interface = "{name}"', f'interface = "{name}"\nnat = true')
     service = start(make_box, lab, config)
     service.box.enter(["systemctl", "start", *SLICES])
-    eventually(lambda: lab.nft(lab.router, "list table inet pbrd").count("socket cgroupv2") == len(SLICES))
-    slices = lab.counter(f"ip daddr {TARGETS[0]} icmp type echo-request")
-    ping = ["ping", "-c", "3", "-i", "0.1", TARGETS[0]]
-    for name in SLICES:
-        service.box.run(ping, f"Slice={name}", check=False)
-    assert slices.read() == {"fiber": 0, "lte": 6}
+    pings = lab.counter(f"ip daddr {TARGETS[0]} icmp type echo-request")
+
+    def leaves_by_lte(unit: str) -> bool:
+        before = pings.read()["lte"]
+        service.box.run(["ping", "-c", "1", "-W", "1", TARGETS[0]], f"Slice={unit}", check=False)
+        return pings.read()["lte"] == before + 1
+
+    # pbrd hears of a new one a moment later
+    assert eventually(lambda: leaves_by_lte(SLICES[0]))
+    assert eventually(lambda: leaves_by_lte(SLICES[1]))
     stream = Leaving(lab)
     lab.silence(0)
     eventually(lambda: lab.exit_of(src=LAN[0], within=0.2) == "lte")
