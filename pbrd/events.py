@@ -7,6 +7,7 @@ the `Monitor` of the control socket (`to_json`, and `from_journal` for what lies
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pbrd.health import State
@@ -38,6 +39,8 @@ KINDS = {
     State.RECOVERING: "uplink-recovering",
     State.DRAINED: "uplink-drained",
 }
+Gateways = Mapping[tuple[str, str], str]  # uplink and "ipv4" or "ipv6" → its next hop
+NONE: Gateways = MappingProxyType({})
 WARNINGS = frozenset({"uplink-down", "uplink-degraded", "failover", "drift-repaired", "flushed"})
 PROBLEMS = 20  # lines of a refused config that an event tells; `pbrd reload` and `pbrd check` tell all
 LINE = 500  # characters of one of them
@@ -97,12 +100,27 @@ def from_journal(fields: Mapping[str, str]) -> dict[str, Any]:
 # --- between two snapshots --------------------------------------------------------------------
 
 
-def between(before: Snapshot, after: Snapshot) -> Iterator[Event]:
-    """Yield what happened from `before` to `after`; what only one of them knows did not happen."""
+def gateways(snapshot: Snapshot, known: Gateways) -> Gateways:
+    """Return the last known next hops of a snapshot's uplinks: its own, else what was `known` before."""
+    return {
+        (uplink.name, name): gateway
+        for uplink in snapshot.uplinks
+        for name, family in (("ipv4", uplink.ipv4), ("ipv6", uplink.ipv6))
+        if (gateway := (family and family.gateway) or known.get((uplink.name, name)))
+    }
+
+
+def between(before: Snapshot, after: Snapshot, hops: Gateways = NONE) -> Iterator[Event]:
+    """Yield what happened from `before` to `after`; what only one of them knows did not happen.
+
+    `hops` are the next hops of earlier snapshots, for what has none in `before`: one that was lost may come
+    back as another one.
+    """
+    hops = gateways(before, hops)
     uplinks = {uplink.name: uplink for uplink in before.uplinks}
     for uplink in after.uplinks:
         if uplink.name in uplinks:
-            yield from _uplink(uplinks[uplink.name], uplink)
+            yield from _uplink(uplinks[uplink.name], uplink, hops)
     if before.paused or after.paused:  # a flush and a reload are events of their own
         return
     interfaces = {uplink.name: uplink.interface for uplink in after.uplinks}
@@ -113,9 +131,10 @@ def between(before: Snapshot, after: Snapshot) -> Iterator[Event]:
             yield _policy(known, policy, interfaces.get(policy.active or "", ""))
 
 
-def _uplink(old: UplinkStatus, new: UplinkStatus) -> Iterator[Event]:
-    for family, was, now in (("ipv4", old.ipv4, new.ipv4), ("ipv6", old.ipv6, new.ipv6)):
-        if was and now and None not in (was.gateway, now.gateway) and was.gateway != now.gateway:
+def _uplink(old: UplinkStatus, new: UplinkStatus, hops: Gateways) -> Iterator[Event]:
+    for family, now in (("ipv4", new.ipv4), ("ipv6", new.ipv6)):
+        was = hops.get((new.name, family))
+        if was and now and now.gateway and was != now.gateway:
             yield _gateway(new, family, was, now)
     kind = KINDS.get(State(new.state))
     if kind and old.state != new.state:
@@ -124,8 +143,8 @@ def _uplink(old: UplinkStatus, new: UplinkStatus) -> Iterator[Event]:
         yield Event(kind, message, new.name, "", new.interface, old.state, new.state, new.reason)
 
 
-def _gateway(uplink: UplinkStatus, family: str, old: FamilyStatus, new: FamilyStatus) -> Event:
-    was, now, source = old.gateway or "", new.gateway or "", new.source or ""
+def _gateway(uplink: UplinkStatus, family: str, was: str, new: FamilyStatus) -> Event:
+    now, source = new.gateway or "", new.source or ""
     message = f"uplink {uplink.name}: gateway changed from {was} to {now}" + (
         f" ({source})" if source else ""
     )

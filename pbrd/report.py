@@ -59,14 +59,16 @@ class Report:
         self.generation = 1
         self.last_reload: status.ReloadStatus | None = None
         self.shown: status.Snapshot | None = None
+        self.gateways = events.NONE  # the last ones that were shown, also of uplinks that have none now
 
     def publish(self, paused: bool) -> None:
         """Tell what has happened since the last time; nothing while a gateway may come back in a moment."""
         if self.shown is not None and self.paths.held:
             return
         now = self.snapshot(paused)
-        for event in events.between(self.shown, now) if self.shown else ():
+        for event in events.between(self.shown, now, self.gateways) if self.shown else ():
             self.sinks.tell(event)
+        self.gateways = events.gateways(now, self.gateways)
         if self.sinks.monitor.watched and (self.shown is None or _changes(self.shown) != _changes(now)):
             self.sinks.monitor.changed()
         self.shown = now

@@ -98,6 +98,19 @@ def test_nothing_happened_between_equal_snapshots_and_to_what_only_one_knows() -
     assert list(events.between(DOWN, replace(NOW, uplinks=(), policies=()))) == []
 
 
+@pytest.mark.parametrize("lost", [replace(V4, gateway=None, source=None), None])
+def test_a_gateway_that_was_lost_may_come_back_as_another_one(lost: FamilyStatus | None) -> None:
+    gone = with_fiber(ipv4=lost, state="down", reason="no-gateway")
+    known = events.gateways(gone, events.gateways(NOW, {}))
+    assert [event.kind for event in events.between(NOW, gone)] == ["uplink-down"]
+    assert [event.kind for event in events.between(gone, NOW, known)] == ["uplink-up"]
+    other = with_fiber(ipv4=replace(V4, gateway="192.0.2.9", source="ra"))
+    changed, up = events.between(gone, other, known)
+    assert (changed.kind, changed.old, changed.new) == ("gateway-changed", "192.0.2.1", "192.0.2.9")
+    assert (changed.reason, up.kind) == ("ra", "uplink-up")
+    assert events.gateways(replace(NOW, uplinks=(LTE,)), known) == {}  # what left the config is forgotten
+
+
 def test_policies_of_a_paused_daemon_neither_fail_over_nor_begin() -> None:
     paused = replace(ASLEEP, paused=True)
     assert list(events.between(NOW, paused)) == list(events.between(paused, NOW)) == []

@@ -78,6 +78,21 @@ def test_the_past_as_a_table(failed_over: Daemon) -> None:
     assert starts == {lines[0].index("CHANGE")} == {failover.index("fiber → lte")}
 
 
+def test_a_gateway_that_comes_back_as_another_one_is_told(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, CONFIG)
+    eventually(lambda: all_up(pbrd))
+    fiber = lab.uplinks[0]
+    lab.ip(fiber.isp, "addr add 10.0.1.254/24 dev gw")
+    lab.ip(lab.router, f"route del default via {fiber.gateway}")
+    eventually(lambda: pbrd.uplink("fiber")["ipv4"]["gateway"] is None)
+    eventually(lambda: "no-gateway" in [event["reason"] for event in said(pbrd, "--uplink", "fiber")])
+    lab.ip(lab.router, "route add default via 10.0.1.254 dev fiber")
+    eventually(lambda: said(pbrd)[-1]["event"] != "uplink-degraded" and all_up(pbrd), within=15)
+    (changed,) = [event for event in said(pbrd) if event["event"] == "gateway-changed"]
+    assert (changed["old"], changed["new"]) == (fiber.gateway, "10.0.1.254")
+    assert changed["details"] == {"family": "ipv4"}
+
+
 EVENT = {
     "time": "2026-11-22T17:43:48.723Z",
     "event": "reload-refused",
