@@ -113,7 +113,7 @@ def _add_status(commands: Commands) -> None:
     about = "show uplinks, policies and where each goes now, why and since when"
     added = _add(commands, "status", about, "pbrd status --json | jq -r '.policies[].active'")
     added.add_argument("--json", action="store_true", help="the whole document; with --watch one a line")
-    added.add_argument("--watch", action="store_true", help="again every second, with round-trip history")
+    added.add_argument("--watch", action="store_true", help="as it changes, with round-trip history")
 
 
 def _add_events(commands: Commands) -> None:

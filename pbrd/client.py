@@ -44,17 +44,21 @@ def call(
 
 
 def follow(
-    runtime_dir: str | os.PathLike[str], method: str, parameters: Object | None = None
+    runtime_dir: str | os.PathLike[str],
+    method: str,
+    parameters: Object | None = None,
+    timeout: float | None = None,
 ) -> Iterator[Object]:
     """Call `method` with "more" and yield each answer as it comes.
 
-    Raises what `call` does; ControlError, too, when the daemon hangs up, as it does when it stops or when
-    answers are not taken within seconds.
+    `timeout` is in seconds, for each answer. Raises what `call` does; ControlError, too, when the daemon
+    hangs up, as it does when it stops or when answers are not taken within seconds.
     """
     message = {"method": f"{varlink.INTERFACE}.{method}", "parameters": parameters or {}, "more": True}
     buffer = bytearray()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         _connect(sock, os.path.join(runtime_dir, varlink.SOCKET), time.monotonic() + TIMEOUT)
+        sock.settimeout(timeout)
         try:
             _send(sock, varlink.encode(message))
             while chunk := sock.recv(1 << 16):
@@ -63,6 +67,8 @@ def follow(
                     answer = bytes(buffer[:end])
                     del buffer[: end + 1]
                     yield varlink.result(answer)
+        except TimeoutError:
+            raise ControlError(f"cannot {method.lower()}: no answer within {timeout:g} s") from None
         except OSError as error:
             raise ControlError(f"cannot {method.lower()}: {error.strerror}") from None
     raise ControlError(f"cannot {method.lower()} any longer: the daemon hung up")

@@ -4,6 +4,7 @@ Nobody is waited for: each follower has a bounded queue, and is told how many ev
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 PAST = 1000  # events that are kept, and that wait for one follower
 GATHER = 0.1  # seconds between two messages to a follower: what happens meanwhile goes together
 GATHER_STATUS = 0.5  # likewise if the status goes with it, as that may be long
+PACE, DAY = 1, 86400  # seconds, the shortest interval and the longest
 
 Object = dict[str, Any]
 
@@ -68,14 +70,25 @@ class Monitor:
         return self._answer(events, 0, bool(asked.get("status")))
 
     async def follow(self, asked: Object) -> AsyncGenerator[Object, None]:
-        """Answer a call with `more`: first as `look`, and then whenever something happens."""
+        """Answer a call with `more`: first as `look`, and then whenever something happens.
+
+        With `interval` (seconds) the status comes at that pace, too, with the measures of then.
+        """
         follower = Follower(bool(asked.get("status")))
+        interval = min(max(PACE, asked.get("interval", DAY)), DAY)
+        now = asyncio.get_running_loop().time
+        due = now() + interval if follower.status else None
         self.followers.add(follower)
         try:
             yield self.look(asked)
             while True:
-                await follower.awake.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(due):
+                        await follower.awake.wait()
                 follower.awake.clear()
+                if due is not None and now() >= due:
+                    follower.changed = True
+                    due = max(due + interval, now())  # what could not be sent in time is left out
                 events, follower.events = list(follower.events), deque()
                 missed, follower.missed = follower.missed, 0
                 with_status, follower.changed = follower.changed, False

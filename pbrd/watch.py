@@ -1,4 +1,4 @@
-"""`pbrd status --watch`: the status every second, with the round trips seen meanwhile."""
+"""`pbrd status --watch`: the status as it changes and every second, with the round trips seen meanwhile."""
 
 import json
 import os
@@ -6,18 +6,18 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from datetime import datetime
 
-from pbrd.client import call
+from pbrd.client import follow
 from pbrd.errors import ControlError, NotRunning
 from pbrd.tables import Document, table
 
 SECOND = 1.0
+SILENCE = 5.0  # seconds until a daemon that says nothing is called stuck
 HISTORY = 40  # values of a sparkline
 ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l"  # alternate screen, no cursor, long lines are cut, not wrapped
 LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
-
-Histories = dict[str, deque[float | None]]
 
 
 def watch(runtime_dir: str, *, as_json: bool, colour: bool) -> int:
@@ -25,19 +25,16 @@ def watch(runtime_dir: str, *, as_json: bool, colour: bool) -> int:
 
     A daemon that goes away later is waited for: its restart is what one may want to watch.
     """
-    histories: Histories = {}
-    text = _shown(call(runtime_dir, "Status"), histories, as_json, colour)
+    texts = _texts(runtime_dir, as_json, colour)
+    text = next(texts)
     in_place = sys.stdout.isatty() and not as_json
     signal.signal(signal.SIGTERM, _stop)  # or it would leave the terminal in the alternate screen
     try:
         if in_place:
             sys.stdout.write(ENTER)
-        following = time.monotonic()
         while True:
             _draw(text, in_place, as_json)
-            following = max(following + SECOND, time.monotonic())
-            time.sleep(following - time.monotonic())
-            text = _next(runtime_dir, histories, as_json, colour)
+            text = next(texts)
     except KeyboardInterrupt:
         return 0
     finally:
@@ -50,25 +47,48 @@ def _stop(number: int, _frame: object) -> None:
     sys.exit(128 + number)
 
 
-def _next(runtime_dir: str, histories: Histories, as_json: bool, colour: bool) -> str:
-    try:
-        return _shown(call(runtime_dir, "Status", timeout=5 * SECOND), histories, as_json, colour)
-    except NotRunning:
-        remark = "no daemon is running; waiting for it"
-    except ControlError as error:
-        remark = str(error)
-    return json.dumps({"error": remark}) if as_json else remark
+def _texts(runtime_dir: str, as_json: bool, colour: bool) -> Iterator[str]:
+    """Yield what to show: each status as the daemon tells it, or why it tells none; never ends."""
+    histories = Histories()
+    began = False
+    while True:
+        try:
+            for answer in follow(runtime_dir, "Monitor", {"status": True, "interval": 1}, SILENCE):
+                began = True
+                if answer["status"] is not None:
+                    yield _shown(answer["status"], histories, as_json, colour)
+        except ControlError as error:
+            if not began:
+                raise
+            reason = "no daemon is running" if isinstance(error, NotRunning) else str(error)
+            remark = f"{reason}; waiting for it"
+            yield json.dumps({"error": remark}) if as_json else remark
+        time.sleep(SECOND)
 
 
-def _shown(document: Document, histories: Histories, as_json: bool, colour: bool) -> str:
+def _shown(document: Document, histories: "Histories", as_json: bool, colour: bool) -> str:
     """Return what to show for one document, and note its round trips."""
     if as_json:
         return json.dumps(document, ensure_ascii=False)
-    note(document, histories)
-    return table(document, datetime.now().astimezone(), colour=colour, history=histories)
+    histories.add(document, time.monotonic())
+    return table(document, datetime.now().astimezone(), colour=colour, history=histories.values)
 
 
-def note(document: Document, histories: Histories) -> None:
+class Histories:
+    """The last round trips of each uplink, one a second, however often something else changes."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, deque[float | None]] = {}
+        self._next = 0.0
+
+    def add(self, document: Document, now: float) -> None:
+        """Note those of a document of `now` (monotonic seconds), unless this second has one already."""
+        if now >= self._next:
+            self._next = now + 0.75 * SECOND
+            note(document, self.values)
+
+
+def note(document: Document, histories: dict[str, deque[float | None]]) -> None:
     """Add the round trip of each uplink to its history; a lost one if no target answers."""
     for uplink in document.get("uplinks", ()):
         probe = uplink.get("probe") or {}

@@ -24,6 +24,8 @@ from pbrd import cli, tables
 from pbrd.arguments import parser
 from pbrd.control import Handler, Server
 from pbrd.errors import ConfigError, KernelError, Problem
+from pbrd.monitor import Monitor
+from pbrd.watch import Histories
 
 COMMANDS = ("run", "check", "plan", "status", "reload", "flush", "demo")
 UPLINK = {
@@ -58,7 +60,6 @@ class Daemon:
         self.runtime = runtime
         self.answers: dict[str, Mapping[str, Any] | Exception] = {
             "Status": DOCUMENT,
-            "Monitor": {"events": []},
             "Plan": {"steps": []},
             "Reload": {"changed": [], "generation": 2},
             "Flush": {"removed": []},
@@ -68,6 +69,8 @@ class Daemon:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         changing = ("Reload", "Flush", "Drain", "Undrain")
         handlers = {name: Handler(self.answering(name), changes=name in changing) for name in self.answers}
+        self.monitor = Monitor(lambda: dict(DOCUMENT), in_journal=False)
+        handlers["Monitor"] = Handler(self.monitor.look, stream=self.monitor.follow)
         self.server = Server(runtime / "pbrd.sock", handlers)
         self.server.open()
         self.loop = asyncio.new_event_loop()
@@ -301,6 +304,13 @@ def test_watch_prints_one_status_after_the_other_into_a_pipe(fake: Daemon) -> No
     assert "HISTORY" in text
     assert "██" in text
     assert "\x1b" not in text
+
+
+def test_watch_notes_one_round_trip_a_second_however_often_the_status_changes() -> None:
+    histories = Histories()
+    for now in (100.0, 100.01, 100.6, 101.0, 101.3, 102.1):
+        histories.add(DOCUMENT, now)
+    assert list(histories.values["fiber"]) == [11.2] * 3
 
 
 def test_watch_json_is_one_document_a_line(fake: Daemon) -> None:

@@ -133,6 +133,26 @@ def test_the_status_comes_when_it_has_changed_to_who_asked_for_it(daemon: Path) 
     assert numbers(next(without)) == [0]
 
 
+def test_the_status_comes_at_an_interval_too(daemon: Path) -> None:
+    begun = time.monotonic()
+    answers = client.follow(daemon, "Monitor", {"status": True, "interval": 1}, timeout=10)
+    statuses = [next(answers)["status"]["version"] for _ in range(4)]  # the first at once, then one a second
+    assert statuses == ["0"] * 4
+    assert time.monotonic() - begun > 2.9
+    for strange in (-5, 0, 10**400):
+        answers = client.follow(daemon, "Monitor", {"status": True, "interval": strange})
+        next(answers)
+        do(daemon, "changed")
+        assert next(answers)["status"]["version"] == "0"
+
+
+def test_a_silent_daemon_is_not_waited_for_without_an_end(daemon: Path) -> None:
+    answers = client.follow(daemon, "Monitor", timeout=0.3)
+    next(answers)
+    with pytest.raises(ControlError, match="no answer within"):
+        next(answers)
+
+
 def test_a_follower_that_does_not_read_is_told_what_it_missed_or_left(daemon: Path) -> None:
     with following(daemon) as lazy:
         eventually(lambda: followers(daemon) == 1)
