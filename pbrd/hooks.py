@@ -130,9 +130,13 @@ class Hooks:
             await self._awake.wait()
             self._awake.clear()
             while self._queue:
-                facts = self._queue.popleft()
+                facts, waiting = self._queue.popleft(), len(self._queue)
                 try:
-                    for hook in await asyncio.to_thread(self._look):
+                    hooks = await asyncio.to_thread(self._look)
+                    if not hooks:  # nor for what was waiting when we looked
+                        for _ in range(min(waiting, len(self._queue))):
+                            self._queue.popleft()
+                    for hook in hooks:
                         await self._run(hook, facts)
                 except Exception as error:  # noqa: BLE001 - top of the task; no process, thread or descriptor left
                     self.log.warning("hooks cannot be run", on=facts.get("event"), reason=repr(error))

@@ -1,7 +1,10 @@
 """What people are told of the daemon: how it is now, and what has happened since they were told last."""
 
+import asyncio
+import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,8 @@ from pbrd.monitor import Monitor
 from pbrd.netfilter import Netfilter
 from pbrd.paths import Paths
 
+SLICE = 0.005  # seconds; the loop has a turn between two slices: thousands of policies may fail over at once
+
 
 class Sinks:
     """Where events go: the log, the clients that follow them, and hooks. None of them is waited for."""
@@ -28,15 +33,31 @@ class Sinks:
         """Run the hooks beside the file `config`; `status` returns the document of `pbrd status`."""
         runtime = str(runtime_dir.absolute())
         self.log = log
+        self.waiting: deque[tuple[Event, str]] = deque()  # with when they happened
         self.monitor = Monitor(status, in_journal())
         self.hooks = Hooks(config.absolute().parent / "hooks.d", log, runtime)
 
-    def tell(self, event: Event) -> None:
-        """Tell an event everywhere."""
-        now = snapshot.iso(time.time())
-        getattr(self.log, event.priority)(event.message, happened=event, time=now)
-        self.monitor.add(event.to_json(now))
-        self.hooks.add(event.facts() | {"message": event.message, "time": now})
+    def tell(self, *happened: Event) -> None:
+        """Tell events everywhere, in order: at once as far as a slice goes, the rest while the loop turns."""
+        now, idle = snapshot.iso(time.time()), not self.waiting
+        self.waiting.extend((event, now) for event in happened)
+        if self.waiting and self.waiting[-1][0].kind == "stopped":
+            self._deliver(math.inf)  # the loop won't turn any more
+        elif idle:
+            self._deliver()
+
+    def _deliver(self, seconds: float = SLICE) -> None:
+        until = time.monotonic() + seconds
+        while self.waiting:
+            if time.monotonic() > until:
+                asyncio.get_running_loop().call_soon(self._deliver)
+                return
+            self._tell(*self.waiting.popleft())
+
+    def _tell(self, event: Event, time_: str) -> None:
+        getattr(self.log, event.priority)(event.message, happened=event, time=time_)
+        self.monitor.add(event.to_json(time_))
+        self.hooks.add(event.facts() | {"message": event.message, "time": time_})
 
 
 class Report:
@@ -66,14 +87,14 @@ class Report:
         if self.shown is not None and self.paths.held:
             return
         now = self.snapshot(paused)
-        for event in events.between(self.shown, now, self.gateways) if self.shown else ():
-            self.sinks.tell(event)
+        if self.shown is not None:
+            self.sinks.tell(*events.between(self.shown, now, self.gateways))
         self.gateways = events.gateways(now, self.gateways)
         if self.sinks.monitor.watched and (self.shown is None or _changes(self.shown) != _changes(now)):
             self.sinks.monitor.changed()
         self.shown = now
         if systemd.listens():
-            systemd.notify(f"STATUS={tables.line(status.to_json(now))}")
+            systemd.notify(f"STATUS={tables.line(status.outline(now))}")
 
     def reloaded(self, changed: list[str]) -> None:
         """Tell that another config is in force; `changed` are the steps that it took."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from box import PLACE, Box, python
-from conftest import Leaving, eventually
+from conftest import PROBE, UPLINKS, Leaving, eventually
 from service import HERE, Service, start
 
 from pbrd import journal
@@ -227,6 +227,22 @@ def test_without_systemd_python_it_is_the_daemons_own_events(make_box: MakeBox, 
     told = service.box.run(["pbrd", "events"], without, check=False)
     assert (told.returncode, told.stdout) == (3, "")
     assert "install python3-systemd" in told.stderr
+
+
+def test_thousands_of_failovers_at_once_are_all_told_in_order(make_box: MakeBox, lab: Lab) -> None:
+    names = [f"p{number}" for number in range(2000)]
+    policies = "".join(
+        f'[[policies]]\nname = "{name}"\nmatch = {{ to = ["198.18.{k // 256}.{k % 256}"] }}\n'
+        'via = ["fiber", "lte"]\n'
+        for k, name in enumerate(names)
+    )
+    service = start(make_box, lab, f"{PROBE}{UPLINKS}{policies}")
+    lab.carrier(0, False)
+    eventually(lambda: len(service.events("failover")) >= len(names), within=30)
+    assert [event["PBRD_POLICY"] for event in service.events("failover")] == names
+    kept = [event["policy"] for event in ring(service) if event["event"] == "failover"]
+    assert kept == names[-len(kept) :]
+    assert "hooks are too slow" not in service.log  # there is none
 
 
 def test_lines_without_an_event_have_their_facts_as_fields(make_box: MakeBox, lab: Lab) -> None:

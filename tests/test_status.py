@@ -20,6 +20,7 @@ from pbrd.status import (
     Snapshot,
     TargetStatus,
     UplinkStatus,
+    outline,
     to_json,
 )
 
@@ -189,6 +190,12 @@ def test_the_exit_code_says_whether_somebody_should_look(uplink: str, policy: st
 )
 def test_the_line_says_what_an_administrator_wants_to_know(shown: dict[str, Any], line: str) -> None:
     assert tables.line(shown, NOW) == line
+
+
+def test_the_line_needs_no_more_than_the_outline() -> None:
+    policies = (BACKUPS, KILL, replace(BACKUPS, name="b", state="preferred"))
+    shown = Snapshot("0.1.0", 1, 1, "/x", (FIBER, LTE), policies, paused=True)
+    assert tables.line(outline(shown), NOW) == tables.line(to_json(shown), NOW)
 
 
 # The tables
