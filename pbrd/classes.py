@@ -171,11 +171,21 @@ def concerns(match: Match, local: bool) -> bool:
 
 
 @lru_cache(maxsize=16)
+def hidden_switches(config: Config) -> tuple[Policy, ...]:
+    """Return the kill switches for the traffic of others of which nftables alone knows."""
+    many = too_many(config)
+    switches = (policy for policy in config.policies if policy.fallback in KILL_SWITCHES)
+    return tuple(p for p in switches if concerns(p.match, local=False) and (many or needs_nft(p)))
+
+
 def needs_guard(config: Config) -> bool:
-    """Say whether nftables alone knows of a kill switch for the traffic of others."""
-    switches = [policy for policy in config.policies if policy.fallback in KILL_SWITCHES]
-    hidden = switches if too_many(config) else filter(needs_nft, switches)
-    return any(concerns(policy.match, local=False) for policy in hidden)
+    """Say whether nothing of others may pass that nftables has not judged."""
+    return bool(hidden_switches(config))
+
+
+def guards_early(config: Config) -> bool:
+    """Say whether that goes for what main's specific routes claim, too."""
+    return any(policy.match.override_main for policy in hidden_switches(config))
 
 
 @lru_cache(maxsize=16)

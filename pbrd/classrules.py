@@ -11,16 +11,20 @@ B+10903         fwmark 0x08…/0xfc… unreachable
 
 from collections.abc import Iterator, Mapping
 
-from pbrd.classes import Class, classify, needs_guard, uses_nft
-from pbrd.marks import INBOUND, Marks, marks_of, pin_of
+from pbrd.classes import Class, classify, guards_early, needs_guard, uses_nft
+from pbrd.marks import ARRIVED, INBOUND, Marks, marks_of, pin_of
 from pbrd.objects import MAIN_TABLE, Action, Key, Rule, Standing
 from pbrd.rules import (
+    ARRIVALS,
+    ARRIVALS_END,
     CLASS_OVERRIDES,
+    CLASS_OVERRIDES_START,
     CLASS_OVERRIDES_WIDTH,
     CLASSES,
     CLASSES_START,
     CLASSES_WIDTH,
     DEFAULT_PINS,
+    EARLY,
     FALLBACK_ACTION,
     GUARD,
     GUARD_END,
@@ -44,6 +48,7 @@ def mark_rules(
     """Yield the rules for marked packets: connections from outside, the classes, and pins of `[default]`."""
     writer = _Writer(config, family, marks_of(config), block, standings)
     yield from writer.inbound()
+    yield from writer.arrivals()
     yield from writer.order()
     for place, one, first, overrides in parts(config):
         yield from writer.part(place, one, first, overrides)
@@ -53,7 +58,8 @@ def mark_rules(
 
 def guard_rule(config: Config, family: Family) -> Rule:
     """Return the rule that nothing of others may pass unless nftables has judged it."""
-    return Rule(family, config.daemon.rule_priority + GUARD, Action.BLACKHOLE)
+    shift = EARLY if guards_early(config) else 0
+    return Rule(family, config.daemon.rule_priority + GUARD + shift, Action.BLACKHOLE)
 
 
 class _Writer:
@@ -91,21 +97,48 @@ class _Writer:
         came = Mark(self.marks.class_(INBOUND), self.marks.classes)
         yield Rule(self.family, self.base + PINS_END, Action.UNREACHABLE, fwmark=came)
 
+    def arrivals(self) -> Iterator[Rule]:
+        """What comes by an uplink came the right way: so says the kernel's look back (rp_filter).
+
+        That asks for the way of an answer, with the packet's mark and as if it came from where the packet
+        goes to. No policy may have a say in it: the uplink that it would name can be down.
+        """
+        if self.family is not Family.IPV4:  # IPv6 has no such look
+            return
+        behind = self.base + ARRIVALS_END
+        for uplink in self.config.uplinks:
+            if has_family(uplink, self.family):
+                mark = Mark(self.marks.class_(ARRIVED) | pin_of(self.marks, uplink), self.marks.mask)
+                came, looks = self.base + ARRIVALS, self.base + ARRIVALS + 1
+                yield Rule(self.family, came, Action.GOTO, fwmark=mark, iif=uplink.interface, goto=behind)
+                yield Rule(self.family, looks, table=uplink.path_table, fwmark=mark)
+        yield Rule(self.family, behind, Action.NOP)
+
     def order(self) -> Iterator[Rule]:
         """What nftables has judged skips the rules for what it has not.
 
         Where a kill switch depends on it, nobody else's packet goes on unjudged (`needs_guard`): the table
         must have gone. Exempt are those that come by an uplink, which are mostly answers.
         """
-        judged = Mark(0, self.marks.classes)
-        start, behind = self.base + CLASSES_START, self.base + GUARD_END
-        yield Rule(self.family, self.base + JUDGED, Action.GOTO, fwmark=judged, inverted=True, goto=start)
-        yield Rule(self.family, start, Action.NOP)
+        yield from self.judged_goes(0, CLASSES_START)
+        early = guards_early(self.config)
+        shift = EARLY if early else 0
+        if early:
+            yield from self.judged_goes(EARLY, CLASS_OVERRIDES_START)
         if needs_guard(self.config):
+            behind = self.base + GUARD_END + shift
             for interface in ("lo", *(u.interface for u in self.config.uplinks if u.enabled)):
-                yield Rule(self.family, self.base + GUARD_PASS, Action.GOTO, iif=interface, goto=behind)
+                priority = self.base + GUARD_PASS + shift
+                yield Rule(self.family, priority, Action.GOTO, iif=interface, goto=behind)
             yield guard_rule(self.config, self.family)
             yield Rule(self.family, behind, Action.NOP)
+
+    def judged_goes(self, shift: int, start: int) -> Iterator[Rule]:
+        """Yield the jump to the classes at `start`, and the place where it ends."""
+        unjudged, to = Mark(0, self.marks.classes), self.base + start
+        priority = self.base + JUDGED + shift
+        yield Rule(self.family, priority, Action.GOTO, fwmark=unjudged, inverted=True, goto=to)
+        yield Rule(self.family, to, Action.NOP)
 
     def pins(self, place: int, names: tuple[str, ...], priority: int) -> Iterator[Rule]:
         """A live connection of this class stays on the uplink that it is on, if that is one of `names`."""

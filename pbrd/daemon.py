@@ -27,7 +27,6 @@ from pbrd import (
     remarks,
     systemd,
 )
-from pbrd.classrules import guard_rule
 from pbrd.drift import Drift
 from pbrd.errors import ConfigError, ControlError, KernelError, PbrdError
 from pbrd.judge import Judge
@@ -199,7 +198,8 @@ class Daemon:
         try:
             self.kernel.collect()
             self.netfilter.look()
-            self.judge.look()
+            if not self.netfilter.replacing:  # the next block depends on which one is in force
+                self.judge.look()
             if self.kernel.take_disturbance():
                 self.disturbed.set()
             self.enforce()
@@ -229,8 +229,7 @@ class Daemon:
         self.judge.tunnels = self.kernel.tunnel_marks
         self.lookout.notice(self.config, self.kernel.others)
         self.netfilter.want("" if self.paused else self.judge.text(self.paths.standings()), recycled)
-        if not self.netfilter.settled:
-            plan = plan.additions([guard_rule(self.config, family) for family in self.kernel.families])
+        plan = self.netfilter.restrain(plan, self.judge, self.kernel.families)
         self.refusals.tell_blocked(plan)
         self.refusals.tell_dead_ends(self.kernel.dead_ends)
         before, unchanged = self.wanted, target == self.wanted
@@ -319,13 +318,14 @@ class Daemon:
 
     async def take_over(self, fresh: Config) -> list[str]:
         """Put a config into force, adopting what the kernel holds; return the lines of what changed there."""
+        await self.netfilter.quiet()
         self.kernel.follow(fresh)
         self.kernel.read()
         self.judge.tunnels = self.kernel.tunnel_marks
         self.netfilter.adopt()
         before, table = self.kernel.state(), self.netfilter.applied
         names.move(self.config, fresh)
-        self.config = self.judge.follow(fresh, before)
+        self.config = self.judge.follow(fresh, before, self.netfilter.table.chains())
         known = adopted_standings(self.judge.current, before)
         self.paths.follow(fresh, self.kernel.families, known, time.monotonic())
         if self.report.shown is None and before.rules and table != digest(self.judge.text(known)):

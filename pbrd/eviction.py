@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pbrd.classes import Class, classify, uses_nft
-from pbrd.marks import INBOUND, marks_of, pin_of
+from pbrd.marks import ARRIVED, INBOUND, Marks, marks_of, pin_of
 from pbrd.objects import Key, Standing
 from pbrd.rules import by_preference, has_family, is_drained
 from pbrd.settings import MAIN, Config, Failback, Fallback, Family
@@ -43,22 +43,25 @@ def evictions(
     )
 
 
-def misplaced(config: Config, block: int) -> tuple[Eviction, ...]:
-    """Return connections that other policies have taken from an uplink without NAT to one with it.
+def gone(config: Config) -> tuple[Eviction, ...]:
+    """Return the connections that other policies took from an uplink without NAT to one with it.
 
-    They began without NAT and get none any more: their packets are dropped (`ruleset`) until they begin anew.
+    They began without NAT and get none any more: the table marks them and drops their packets, until they
+    are evicted and begin anew. () where there can be none.
     """
-    if not uses_nft(config):
-        return ()
-    ways = tuple(_ways(config))
-    found: list[Eviction] = []
+    marks, enabled = marks_of(config), [uplink for uplink in config.uplinks if uplink.enabled]
+    found = []
     for family in Family:
-        masked = {u.name for u in config.uplinks if (u.nat6 if family is Family.IPV6 else u.nat)}
-        bound = {place for place, one in enumerate(ways) if masked & {*one.uplinks}}
-        for name in {uplink.name for uplink in config.uplinks} - masked:
-            places = bound - _naming(ways, name)
-            found += _pinned(config, block, family, name, places, {*range(len(ways))})
+        masked = {uplink.nat6 if family is Family.IPV6 else uplink.nat for uplink in enabled}
+        if len(masked) > 1:
+            found.append(Eviction(family, marks.gone, marks.mask))
     return tuple(found)
+
+
+def marked(marks: Marks) -> tuple[Eviction, ...]:
+    """Return all connections with any of our bits: they have no meaning, or had another."""
+    bits = [1 << bit for bit in range(32) if marks.mask >> bit & 1]
+    return tuple(Eviction(family, bit, bit) for bit in bits for family in Family)
 
 
 def _naming(ways: Sequence[Class], name: str) -> set[int]:
@@ -75,7 +78,7 @@ def _pinned(
     has may be in them; connections that bear them will be judged anew.
     """
     marks, pin = marks_of(config), pin_of(marks_of(config), config.uplink(name))
-    kept = {0, INBOUND} | {block + place for place in others - places}
+    kept = {0, INBOUND, ARRIVED} | {block + place for place in others - places}
     for first, bits in cover({block + place for place in places}, kept, marks.classes.bit_count()):
         free = marks.class_((1 << bits) - 1)
         yield Eviction(family, marks.class_(first) | pin, marks.mask & ~free)

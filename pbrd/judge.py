@@ -6,7 +6,7 @@ the classes move to another block of numbers, so that live connections are judge
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 
@@ -16,10 +16,10 @@ from pbrd.classes import classify, uses_nft
 from pbrd.classrules import lack_of_room
 from pbrd.effective import effective, renumbered, units_of
 from pbrd.errors import PbrdError
-from pbrd.eviction import Eviction, classes_of, pins_of
-from pbrd.marks import FIRST, blocks_of, marks_of
+from pbrd.eviction import Eviction, classes_of, marked, pins_of
+from pbrd.marks import FIRST, Numbers, marks_of, next_block, numbers_in
 from pbrd.objects import KernelState, Key, Standing
-from pbrd.routing import adopted_block, adopted_numbers
+from pbrd.routing import adopted_numbers
 from pbrd.settings import Config
 from pbrd.units import CGroup, levels_of, slice_of
 
@@ -42,6 +42,8 @@ class Judge:
         self.config = self.current = Config()
         self.names: frozenset[str] = frozenset()  # of the policies in force
         self.block = FIRST
+        self.used = range(0)  # the numbers that the kernel's table gives
+        self.turn = 0  # counts blocks
         self.watch: Watch | None = None
         self.recycled: list[Eviction] = []  # connections that must go before the new table is live
         self.stale: list[Eviction] = []  # and those that must go after it
@@ -51,19 +53,37 @@ class Judge:
         self._written: tuple[object, ...] | None = None
         self._text = ""
 
-    def follow(self, config: Config, state: KernelState) -> Config:
-        """Turn to `config`; return it with its uplinks numbered as in `state`, as far as they are there."""
+    def follow(self, config: Config, state: KernelState, table: Iterable[str]) -> Config:
+        """Turn to `config`; return it with its uplinks numbered as in `state`, as far as they are there.
+
+        `table` are the names of the chains in the kernel's table.
+        """
         before = self.config
         self.config = renumbered(config, adopted_numbers(config, state))
         self._watch_units()
         self._minute = None
-        if before == Config():  # a start: go on with the block that the rules in the kernel speak of
+        if before == Config():
             self.current = effective(self.config, _here(), self._slices())
-            self.block = adopted_block(self.current, state)
+            self._adopt(numbers_in(table))
         else:
             self.stale += _outlived(before, self.config)
         self.look()
         return self.config
+
+    def _adopt(self, known: Numbers | None) -> None:
+        """Go on, at a start, with the numbers that the table in the kernel gives, if it gives as many.
+
+        Without a table, or with one that had other bits, nobody knows what connections bear.
+        """
+        marks, size = marks_of(self.current), len(classify(self.current).classes)
+        if known is None or (known.mask, known.pins) != (marks.mask, marks.pins):
+            self.recycled += marked(marks) if uses_nft(self.current) else ()
+        else:
+            self.used = known.used
+        if len(self.used) == size:
+            self.block = self.used.start
+        else:
+            self._next_block(self.current)
 
     def look(self) -> None:
         """Bring `current` up to date."""
@@ -88,6 +108,10 @@ class Judge:
         if changed:
             self._take_units()
         return changed
+
+    def in_force(self) -> None:
+        """Take note that the kernel's table is the one of the policies in force."""
+        self.used = range(self.block, self.block + len(classify(self.current).classes))
 
     def judge_anew(self) -> None:
         """Give the classes other numbers: what connections bear now was made for other policies."""
@@ -122,9 +146,8 @@ class Judge:
 
     def _next_block(self, fresh: Config) -> None:
         size = len(classify(fresh).classes)
-        blocks = blocks_of(fresh, size)
-        later = [block for block in blocks if block > self.block + len(classify(self.current).classes) - 1]
-        self.block = later[0] if later else blocks[0]
+        self.block = next_block(marks_of(fresh), size, self.used, self.turn // 2)
+        self.turn += 1
         self.recycled += classes_of(fresh, self.block, size)  # of when these numbers were last in use
 
     def _slices(self) -> frozenset[str]:

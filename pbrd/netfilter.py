@@ -10,13 +10,16 @@ import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from pbrd.classes import needs_guard
+from pbrd.classrules import guard_rule
 from pbrd.conntrack import Conntrack, destroy_sockets
 from pbrd.errors import KernelError
 from pbrd.events import Event, drift_repaired
-from pbrd.eviction import Eviction, evictions, misplaced, stranded
+from pbrd.eviction import Eviction, evictions, gone, stranded
 from pbrd.judge import Judge
 from pbrd.nftables import Table, digest
-from pbrd.objects import Key, Link, Standing
+from pbrd.objects import Key, Link, LinkAddress, Standing
+from pbrd.plan import Plan
 from pbrd.settings import Address, Config, Family, Network
 from pbrd.units import CGroup, additions, set_of
 
@@ -37,11 +40,13 @@ class Netfilter:
         self.conntrack = Conntrack()
         self.text = ""
         self.applied: str | None = None  # digest of what the kernel holds
+        self.guarding = True  # the guard stands, or may come at once
         self.repairs = 0
         self.work = asyncio.Event()
         self.judged: dict[Key, Standing] = {}  # the standings by which connections were last ended
         self.queue: list[tuple[Family, int, int]] = []  # evictions
         self.dead: list[tuple[tuple[Address, ...], tuple[Network, ...]]] = []
+        self.addresses: dict[tuple[str, Family], tuple[LinkAddress, ...]] = {}  # the last ones of interfaces
         self.swept: tuple[Config, int] | None = None  # the policies since when `_sweep` has been at work
         self.recycled: list[tuple[Family, int, int]] = []  # to be evicted before the next replacement
         self.members: Mapping[str, tuple[CGroup, ...]] = {}  # of the sets of units
@@ -62,12 +67,33 @@ class Netfilter:
         """Whether the kernel holds the table that is wanted."""
         return self.applied == digest(self.text)
 
+    @property
+    def replacing(self) -> bool:
+        """Whether a replacement is on its way."""
+        return self.one_replacement.locked()
+
+    async def quiet(self) -> None:
+        """Wait until none is."""
+        async with self.one_replacement:
+            pass
+
     def want(self, text: str, recycled: Iterable[Eviction] = ()) -> None:
         """Have the kernel hold the table `text`, soon; forget `recycled` connections before."""
         self.text = text
         self.recycled += [(one.family, one.value, one.mask) for one in recycled]
         if not self.settled:
             self.work.set()
+
+    def restrain(self, plan: Plan, judge: Judge, families: Iterable[Family]) -> Plan:
+        """Return what of `plan` may be done now: while another table is on its way, only additions.
+
+        The guard comes behind it, if there was none before. At a start nobody loses anything by it.
+        """
+        if self.settled:
+            judge.in_force()
+            self.guarding = bool(self.text) and needs_guard(judge.current)
+            return plan
+        return plan.additions([guard_rule(judge.current, f) for f in families], hold=not self.guarding)
 
     def follow_units(self, members: Mapping[str, tuple[CGroup, ...]]) -> None:
         """Put the cgroups of units into their sets at once, and take out those that are gone."""
@@ -153,6 +179,10 @@ class Netfilter:
         # At a start all uplinks count as up until now: nobody has ended connections of one that is down.
         before = self.judged or dict.fromkeys(standings, Standing(usable=True, preferred=True))
         self.judged = dict(standings)
+        for link in links.values():  # who goes takes the addresses along before its sockets can be told
+            for family in Family:
+                if mine := tuple(a for a in link.addresses if a.local.version == family.version):
+                    self.addresses[link.name, family] = mine
         stale, judge.stale = judge.stale, []
         self.evict(stale)
         if self.swept != (judge.current, judge.block):
@@ -162,13 +192,12 @@ class Netfilter:
             return
         self.evict(evictions(judge.current, judge.block, before, standings))
         for name, family in stranded(before, standings):
-            link = links.get(judge.config.uplink(name).interface)
-            mine = [a for a in link.addresses if a.local.version == family.version] if link else []
+            mine = self.addresses.get((judge.config.uplink(name).interface, family), ())
             self.abandon([a.local for a in mine], [a.prefix for a in mine])
 
     def _sweep(self, swept: tuple[Config, int], pauses: Iterator[float]) -> None:
-        """End what other policies have moved and NAT can't follow, once its packets have been judged anew."""
-        if self.swept == swept and (found := misplaced(*swept)):
+        """End what other policies have moved and NAT can't follow, as it turns up."""
+        if self.swept == swept and (found := gone(swept[0])):
             self.evict(found)
             asyncio.get_running_loop().call_later(next(pauses, SWEEPS[-1]), self._sweep, swept, pauses)
 

@@ -223,6 +223,17 @@ class Table:
         self.held = self._holds()
         return self.held
 
+    def chains(self) -> tuple[str, ...]:
+        """Return the names of our table's chains; () without a table. Raises KernelError."""
+        if self.requests is None:
+            return ()
+        try:
+            return tuple(_name(message, NFTA_CHAIN_NAME) for message in self._parts(NFT_MSG_GETCHAIN))
+        except KernelError as error:
+            if error.errno in (errno.ENOENT, errno.EINVAL):
+                return ()
+            raise
+
     def _holds(self) -> str | None:
         if self.requests is None:
             return None

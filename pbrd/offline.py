@@ -9,7 +9,7 @@ from pbrd.errors import ConfigError
 from pbrd.judge import Judge
 from pbrd.kernel import Kernel
 from pbrd.netfilter import table_steps
-from pbrd.nftables import Table
+from pbrd.nftables import Table, digest
 from pbrd.objects import KernelState, Key, Standing
 from pbrd.plan import diff
 from pbrd.routing import adopted_standings, desired, next_hop
@@ -37,11 +37,15 @@ def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]
             hops[name, family] = next_hop(uplink, family, links.get(uplink.interface), defaults)
             standings.setdefault((name, family), Standing(usable=True, preferred=True))
         judge = Judge(lambda: None, lambda *_, **__: None)
-        judge.follow(fresh, current)
+        table = Table()
         judge.tunnels = kernel.tunnel_marks
+        judge.follow(fresh, current, table.chains())
+        held = table.holds()
+        if current.rules and held != digest(judge.text(standings)):
+            judge.judge_anew()
         target = desired(judge.current, kernel.families, links, hops, standings, judge.block)
         steps = diff(current, target).lines()
-        return [*steps, *table_steps(Table().holds(), judge.text(standings))]
+        return [*steps, *table_steps(held, judge.text(standings))]
     finally:
         kernel.close()
 

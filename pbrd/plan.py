@@ -57,17 +57,17 @@ class Plan:
     def __str__(self) -> str:
         return "".join(f"{line}\n" for line in self.lines())
 
-    def additions(self, guards: Collection[Rule] = ()) -> "Plan":
+    def additions(self, guards: Collection[Rule] = (), hold: bool = True) -> "Plan":
         """Return the plan without the removal of rules, and of what they look at.
 
         While another nftables table is on its way, packets bear the old marks: their rules must stay. And
-        rules that let nothing pass without a mark (`guards`) must not come yet, but may go.
+        rules that let nothing pass without a mark (`guards`) may go, and must not come yet if `hold`.
         """
         leaving = {s.item.table for s in self.steps if s.verb is Verb.DELETE and isinstance(s.item, Rule)}
 
         def may_go(step: Step) -> bool:
             if step.item in guards:
-                return step.verb is Verb.DELETE
+                return step.verb is Verb.DELETE or not hold
             if step.verb is Verb.DELETE:
                 return isinstance(step.item, Route) and step.item.table in self.live
             # A table that they look at may be another uplink's from now on: so it stays empty until they go.

@@ -11,10 +11,10 @@ best-effort. docs/how-it-works.md shows the whole layout.
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from pbrd.classes import classify, uses_nft
+from pbrd.classes import uses_nft
 from pbrd.classrules import class_bands, mark_rules
 from pbrd.health import Reason
-from pbrd.marks import FIRST, blocks_of, marks_of
+from pbrd.marks import FIRST
 from pbrd.objects import (
     IPV6_METRIC,
     DefaultRoute,
@@ -30,7 +30,6 @@ from pbrd.objects import (
 )
 from pbrd.rules import (
     BOUND,
-    DEFAULT_PINS,
     MOST,
     address_rules,
     fixed_rules,
@@ -232,20 +231,6 @@ def _demoted(config: Config, state: KernelState, own: Mapping[tuple[Family, str]
                 if better in place and worse in place and place[worse] < place[better]:
                     found.add((better, family))
     return found
-
-
-def adopted_block(config: Config, state: KernelState) -> int:
-    """Return the first class of the nftables table that the rules in the kernel were made for."""
-    classes = marks_of(config).classes
-    unit = classes & -classes
-    marks = [rule.fwmark for rule in state.rules if rule.fwmark is not None and unit]
-    whole = [mark.value // unit - 1 for mark in marks if mark.mask == classes]
-    pins = config.daemon.rule_priority + DEFAULT_PINS
-    whole += [
-        (r.fwmark.value & classes) // unit for r in state.rules if r.priority == pins and r.fwmark and unit
-    ]
-    first = min(whole, default=FIRST)
-    return first if first in blocks_of(config, len(classify(config).classes)) else FIRST
 
 
 def adopted_numbers(config: Config, state: KernelState) -> dict[str, int]:

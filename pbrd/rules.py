@@ -26,12 +26,15 @@ WHOLE = 0xFFFFFFFF  # a mask of all bits of a mark
 # Bands of rule priorities, relative to `daemon.rule_priority`.
 PROBES, PROBES_END = 0, 99
 PINS, PINS_END = 100, 200
+ARRIVALS, ARRIVALS_END = 201, 203  # where nftables is in use
 OVERRIDES, OVERRIDES_WIDTH = 400, 500
 CLASS_OVERRIDES, CLASS_OVERRIDES_WIDTH = 700, 200  # of OVERRIDES, where nftables is in use
 MAIN_SPECIFIC = 900
-JUDGED, GUARD_PASS, GUARD, GUARD_END = 990, 991, 998, 999  # where nftables is in use
+# Where nftables is in use: before the policies, and before those with `override_main`.
+JUDGED, GUARD_PASS, GUARD, GUARD_END, OWN_ADDRESS = 990, 991, 992, 993, 995
+EARLY = 390 - JUDGED
 POLICIES, POLICIES_WIDTH = 1000, 19800
-CLASSES_START = 10899
+CLASSES_START, CLASS_OVERRIDES_START = 10899, 699
 CLASSES, CLASSES_WIDTH = 10900, 9900  # of POLICIES, where nftables is in use
 ADDRESSES = 20800
 BOUND = 20900
@@ -216,7 +219,11 @@ def fixed_rules(config: Config, family: Family) -> Iterator[Rule]:
 
 
 def address_rules(config: Config, family: Family, links: Mapping[str, Link]) -> Iterator[Rule]:
-    """Yield `from ADDRESS lookup UPLINK` for every address of every uplink."""
+    """Yield `from ADDRESS lookup UPLINK` for every address of every uplink.
+
+    Where nftables judges, sockets that have such an address take their first look there, before the policies:
+    an answer must not fail on a kill switch that it does not obey. What does obey it is stopped once judged.
+    """
     for uplink in config.uplinks:
         link = links.get(uplink.interface)
         if link is None or not has_family(uplink, family):
@@ -224,7 +231,11 @@ def address_rules(config: Config, family: Family, links: Mapping[str, Link]) -> 
         priority = config.daemon.rule_priority + ADDRESSES + uplink.index
         for address in link.addresses:
             if address.local.version == family.version and not address.local.is_link_local:
-                yield Rule(family, priority, table=uplink.table, source=ip_network(address.local))
+                source = ip_network(address.local)
+                yield Rule(family, priority, table=uplink.table, source=source)
+                if uses_nft(config):
+                    first = config.daemon.rule_priority + OWN_ADDRESS
+                    yield Rule(family, first, table=uplink.table, source=source, iif="lo")
 
 
 @lru_cache(maxsize=32)

@@ -7,6 +7,8 @@ It judges each connection once, keeps the verdict in the connection's mark, and 
     from elsewhere, local   the class that the policies give it (`classes`), and the pin that it has
     leaving by an uplink    is pinned to it; masqueraded where the uplink has `nat`
 
+Its first chain is empty and has the numbers of the classes in its name, for a daemon that starts.
+
 Only the bits of `fwmark_mask` are written, in packets and connections. Rules then read class and pin
 (`rules`): a pin counts only where the connection's class allows that uplink, so that none outlives the
 policy which let it leave there. Classes of another `block` than the current one are judged anew.
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from pbrd.classes import LONG, Classification, Outcome, classify, concerns, in_turn, outcomes_of, uses_nft
-from pbrd.marks import INBOUND, Marks, marks_of, pin_of
+from pbrd.marks import ARRIVED, INBOUND, Marks, Numbers, marks_of, pin_of
 from pbrd.objects import Key, Standing
 from pbrd.rules import ICMP, ICMPV6
 from pbrd.settings import Config, Fallback, Family, Match, Network, Policy, Range, Sticky, Uplink
@@ -76,6 +78,7 @@ class _Writer:
         for uplink in self.uplinks:
             pin, number = pin_of(self.marks, uplink), uplink.index + 1
             came = self.marks.class_(INBOUND) | pin
+            repin = f"ct mark set ct mark & {self.clear(pins)} | {pin:#x}"
             yield chain(f"p{number}", f"meta mark set meta mark & {self.clear(pins)} | {pin:#x}")
             yield chain(f"in{number}", f"ct mark set ct mark & {self.clear(every)} | {came:#x}")
             yield chain(
@@ -83,20 +86,23 @@ class _Writer:
                 f"meta mark & {every:#x} == {every:#x} return",
                 f"ct mark & {self.marks.classes:#x} == {self.marks.class_(INBOUND):#x} return",
                 *self.unmasked(uplink, pin),
-                f"ct direction original ct mark & {pins:#x} != {pin:#x} "
-                f"ct mark set ct mark & {self.clear(pins)} | {pin:#x}",
+                # What others have bound to an uplink's address (snat) keeps the pin by which it is evicted.
+                f"ct direction original ct mark & {pins:#x} == 0x0 {repin}",
+                f"ct direction original ct mark & {pins:#x} != {pin:#x} ct status & snat == 0 {repin}",
             )
+            here = f"meta mark set meta mark & {self.clear(every)} | {self.marks.class_(ARRIVED) | pin:#x}"
+            yield chain(f"back{number}", here)
 
     def unmasked(self, uplink: Uplink, pin: int) -> Iterator[str]:
         """Drop what comes over from an uplink without NAT: the connection can't be masqueraded any more.
 
-        It is evicted as soon as the daemon knows; then it begins anew here.
+        It is marked, and evicted soon; then it begins anew here.
         """
         for wanted, family in ((uplink.nat, "ipv4"), (uplink.nat6, "ipv6")):
             if wanted:
                 yield (
                     f"meta nfproto {family} ct direction original "
-                    f"ct mark & {self.marks.pins:#x} != {{ 0x0, {pin:#x} }} ct status & snat == 0 drop"
+                    f"ct mark & {self.marks.pins:#x} != {{ 0x0, {pin:#x} }} ct status & snat == 0 goto gone"
                 )
 
     # --- judging ------------------------------------------------------------------------------
@@ -209,7 +215,8 @@ class _Writer:
         """Return the chain for packets that may leave: known connections keep their class, others get one."""
         where = "local" if local else "forward"
         marks = self.marks
-        known = (f"{self.class_(place)} : goto m{place}" for place in range(len(self.classes.classes)))
+        known = [f"{self.class_(place)} : goto m{place}" for place in range(len(self.classes.classes))]
+        known.append(f"{marks.gone:#x} : drop")
         return chain(
             f"leaving_{where}",
             f"ct mark & {marks.classes:#x} == {marks.class_(INBOUND):#x} goto inbound",
@@ -242,6 +249,9 @@ class _Writer:
             self.restore_pin(),
             f"meta mark set meta mark & {self.clear(marks.classes)} | {marks.class_(INBOUND):#x}",
         )
+        every = marks.mask
+        yield chain("gone", f"ct mark set ct mark & {self.clear(every)} | {marks.gone:#x}", "drop")
+        yield chain("returned", f"iifname {self.by_interface('back')}")
         yield chain("judged", f"meta mark & {marks.classes:#x} == 0x0 goto c0")
         yield self.leaving(local=False)
         yield self.leaving(local=True)
@@ -255,10 +265,11 @@ class _Writer:
         yield chain(
             "by_uplink",
             f"ct state new ct mark & {marks.mask:#x} == 0x0 jump arriving",
-            "ct direction reply return",
-            f"{came} return",
+            f"{came} goto by_uplink_inbound",
+            "ct direction reply goto returned",
             "goto passing",
         )
+        yield chain("by_uplink_inbound", "ct direction original goto returned", "goto inbound")
         yield chain("passing", f"fib daddr type {HERE} return", "goto leaving_forward")
         yield chain(
             "prerouting",
@@ -308,7 +319,9 @@ class _Writer:
 
     def text(self) -> str:
         """Return the table."""
+        size = len(self.classes.classes)
         parts = [
+            chain(str(Numbers(self.block, size, self.marks.mask, self.marks.pins))),
             *self.class_chains(),
             *self.outcome_chains(),
             chain("decide_forward", *self.decisions(local=False)),
@@ -331,7 +344,7 @@ def text(
 ) -> str:
     """Return the table for `config`, or "" if nothing needs it.
 
-    `block` is the number of its first class (`marks.blocks_of`). `units` has the levels at which the cgroups
+    `block` is the number of its first class (`marks.next_block`). `units` has the levels at which the cgroups
     of units may lie; each gets a set (`units.set_of`), which is filled apart from this text. `usable` are the
     uplinks that balanced connections may go to. `tunnels` are the marks of packets that carry tunnels of
     others.

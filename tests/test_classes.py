@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pbrd.classes import UNDECIDED, Class, Outcome, classify
 from pbrd.config import parse
 from pbrd.eviction import cover, evictions
-from pbrd.marks import blocks_of, marks_of
+from pbrd.marks import FIRST, Marks, Numbers, marks_of, next_block, numbers_in
 from pbrd.objects import Key, Standing
 from pbrd.ruleset import shares
 from pbrd.settings import Config, Failback, Fallback, Family
@@ -63,15 +63,36 @@ def test_a_connection_tries_what_its_policies_say_in_order_until_one_ends_it(
     assert list(way.uplinks) == tried
 
 
-def test_blocks_of_classes_are_disjoint_and_fit_the_mask() -> None:
-    made = config(policy("a", "['lte']"))
-    count = len(classify(made).classes)
-    firsts = blocks_of(made, count)
-    numbers = [first + place for first in firsts for place in range(count)]
-    assert len(set(numbers)) == len(numbers)
-    marks = marks_of(made)
-    assert all(marks.class_(number) & ~marks.classes == 0 for number in numbers)
-    assert all(marks.class_(number) != marks.classes for number in numbers)
+@given(st.integers(4, 9), st.data())
+def test_a_block_is_never_the_one_in_force(bits: int, data: st.DataObject) -> None:
+    """Whoever was judged before bears other numbers than those who are judged now."""
+    marks = Marks(0xFFFFFFFF, 0x7, ((1 << bits) - 1) << 3)
+    used, seen = range(0), []
+    for turn in range(12):
+        size = data.draw(st.integers(1, marks.room // 2))
+        block = next_block(marks, size, used, turn // 2)
+        now = range(block, block + size)
+        assert now.start >= FIRST
+        assert now.stop <= (1 << bits) - 1  # all bits are the mark of probes, and of what must end
+        assert not set(now) & set(used)
+        used = now
+        seen.append(block)
+
+
+def test_numbers_come_round_again_as_late_as_can_be() -> None:
+    marks = Marks(0xFF000000, 0x07000000, 0xF8000000)
+    used, seen = range(0), []
+    for turn in range(8):
+        block = next_block(marks, 3, used, turn // 2)
+        used = range(block, block + 3)
+        seen.append(block)
+    assert len(set(seen)) == 8
+
+
+def test_the_table_tells_its_numbers() -> None:
+    told = Numbers(17, 5, 0xFF000000, 0x07000000)
+    assert numbers_in(["c0", str(told), "m0"]) == told
+    assert numbers_in(["c0", "classes"]) is None
 
 
 weights = st.lists(st.integers(1, 20), min_size=1, max_size=5)
@@ -140,14 +161,14 @@ def test_only_what_must_leave_and_can_is_evicted(
 ) -> None:
     made = config(text)
     marks = marks_of(made)
-    found = evictions(made, 2, standings(**before), standings(**after))
+    found = evictions(made, FIRST, standings(**before), standings(**after))
     numbers = {"fiber": 1, "lte": 2}
     assert {one.family for one in found} <= {Family.IPV4}
     gone = [
         (place, name)
         for name, number in numbers.items()
-        for place in range(-2, len(classify(made).classes))  # unjudged ones and those from outside too
-        if any((marks.class_(2 + place) | marks.pin(number)) & one.mask == one.value for one in found)
+        for place in range(-FIRST, len(classify(made).classes))  # unjudged ones and those from outside too
+        if any((marks.class_(FIRST + place) | marks.pin(number)) & one.mask == one.value for one in found)
     ]
     assert sorted(gone) == sorted(evicted)
 
