@@ -61,6 +61,21 @@ def test_while_nobody_judges_this_machine_and_answers_go_on(lab: Lab, daemon: St
     lab.run(lab.net, "ping", "-c1", "-W2", lab.uplinks[1].address)
 
 
+def test_it_stands_before_mains_specific_routes_where_the_kill_switch_does(
+    lab: Lab, daemon: StartDaemon
+) -> None:
+    lab.ip(lab.router, f"route add {TARGETS[1]}/32 via 10.0.1.1 dev fiber")
+    override = guarded(client(lab)).replace("match = { mac", "match = { override_main = true, mac")
+    pbrd = start(lab, daemon, override)
+    assert lab.exit_of(dst=TARGETS[1]) == "lte"
+    pbrd.stop(SIGKILL)
+    lab.nft(lab.router, "flush ruleset")
+    assert lab.exit_of(dst=TARGETS[1], within=0.3) is None
+    assert lab.exit_of(local=True, dst=TARGETS[1]) == "fiber"
+    pbrd.restart()
+    assert lab.exit_of(dst=TARGETS[1]) == "lte"
+
+
 def test_guards_come_and_go_without_the_loss_of_a_packet(lab: Lab, daemon: StartDaemon) -> None:
     """A guard comes after the table that lets people pass it, and goes before."""
     pbrd = start(lab, daemon, OPEN)
