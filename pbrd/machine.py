@@ -21,6 +21,7 @@ from pbrd.settings import KILL_SWITCHES, PROTOCOL, Config, Family
 from pbrd.units import fills
 
 LIMIT = 2000  # routes of one table
+FILE = 1 << 20  # bytes of a file; what stands behind them is not looked at
 TABLES = 64  # foreign tables that are looked into because a rule or a file names them
 DEADLINE = 10.0  # seconds for a foreign program
 KERNELS = ((0, 255), (32766, 254), (32767, 253))  # priority and table of the rules that every machine has
@@ -130,7 +131,8 @@ def _texts(root: Path, directories: Iterable[str], pattern: str) -> list[tuple[s
     for _, path in sorted(chosen.items()):
         with suppress(OSError):
             if path.is_file():
-                found.append((_shown(root, path), path.read_text(errors="replace")))
+                with path.open("rb") as file:
+                    found.append((_shown(root, path), file.read(FILE).decode(errors="replace")))
     return found
 
 

@@ -1,7 +1,8 @@
 """What files of netplan, systemd-networkd, NetworkManager and iproute2 say of routing tables and rules.
 
 Text in, values out. They are read line by line, so that a finding can name file and line; none is judged, and
-what isn't understood is passed over.
+what isn't understood is passed over. The daemon looks at them too, and a regular expression holds the whole
+process while it matches: so lines are cut at `LINE`, and expressions go through them once.
 """
 
 import re
@@ -11,8 +12,12 @@ from dataclasses import dataclass
 DEFAULTS = ("default", "0.0.0.0/0", "::/0")
 TRUE = frozenset({"yes", "true", "1", "on", "y", "t"})  # systemd.syntax(7)
 
-# netplan(5) and nmcli's keyfiles: KEY: VALUE in YAML, in block or flow style
-PAIR = re.compile(r"""([\w-]+)\s*:\s+("[^"]*"|'[^']*'|[^,}\s\]]+)""")
+LINE = 4096  # characters of a line; a route or a rule has some hundred
+NUMBERS = range(2**32)  # of tables and priorities, in the kernel
+
+# netplan(5) and nmcli's keyfiles: KEY: VALUE in YAML, in block or flow style. A key is tried from its
+# beginning only, and not with fewer letters either: else a long word takes the square of its length.
+PAIR = re.compile(r"""(?<![\w-])([\w-]++)\s*+:\s++("[^"]*"|'[^']*'|[^,}\s\]]+)""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +41,17 @@ class TableName:
     name: str
 
 
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines with their numbers, none longer than LINE."""
+    return ((number, line[:LINE]) for number, line in enumerate(text.splitlines(), 1))
+
+
 # --- iproute2 ---------------------------------------------------------------------------------
 
 
 def table_names(path: str, text: str) -> Iterator[TableName]:
     """Yield what an rt_tables file names."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in _lines(text):
         words = line.partition("#")[0].split()
         if len(words) == 2 and (table := _number(words[0])) is not None:
             yield TableName(f"{path}:{number}", table, words[1])
@@ -53,7 +63,7 @@ def table_names(path: str, text: str) -> Iterator[TableName]:
 def _sections(text: str) -> Iterator[tuple[int, str, str, str]]:
     """Yield (line, section with its ordinal, key, value) of a file of systemd's or a keyfile."""
     section, ordinal = "", 0
-    for number, raw in enumerate(text.splitlines(), 1):
+    for number, raw in _lines(text):
         line = raw.strip()
         if line.startswith("["):
             section, ordinal = line.strip("[]"), ordinal + 1
@@ -106,7 +116,7 @@ LEASES = ("DHCPv4", "DHCP", "IPv6AcceptRA")  # sections whose RouteTable= says w
 def netplan_entries(path: str, text: str) -> Iterator[Entry]:
     """Yield the routes and rules of a netplan file (netplan(5)) that name a table."""
     kind, indent, item = "", -1, _Item(0)
-    for number, raw in enumerate(text.splitlines(), 1):
+    for number, raw in _lines(text):
         line = re.sub(r"(^|\s)#.*", "", raw).rstrip()
         depth = len(line) - len(line.lstrip())
         head = re.match(r"\s*(routes|routing-policy)\s*:(.*)", line)
@@ -160,25 +170,27 @@ def keyfile_entries(path: str, text: str) -> Iterator[Entry]:
     for number, section, key, value in _sections(text):
         if section.partition(" ")[2] not in ("ipv4", "ipv6"):
             continue
-        place, table = f"{path}:{number}", re.search(r"\btable[= ](\d+)", value)
-        if key == "route-table" and _number(value):  # 0 is the usual one
-            yield Entry(place, "route", int(value), default=True)
-        elif key.startswith("routing-rule") and table:
+        place, found = f"{path}:{number}", re.search(r"\btable[= ](\d+)", value)
+        table = _number(found[1]) if found else None
+        if key == "route-table" and (chosen := _number(value)):  # 0 is the usual one
+            yield Entry(place, "route", chosen, default=True)
+        elif key.startswith("routing-rule") and table is not None:
             priority = re.search(r"\bpriority (\d+)", value)
             words = re.sub(r"\b(priority|table) \d+", "", value).split()
             yield Entry(
                 place,
                 "rule",
-                int(table[1]),
-                priority=int(priority[1]) if priority else None,
+                table,
+                priority=_number(priority[1]) if priority else None,
                 text=" ".join(words),
             )
-        elif re.fullmatch(r"route\d+_options", key) and table:
-            yield Entry(place, "route", int(table[1]))
+        elif re.fullmatch(r"route\d+_options", key) and table is not None:
+            yield Entry(place, "route", table)
 
 
 def _number(word: str) -> int | None:
     try:
-        return int(word, 0)
+        number = int(word, 0)
     except ValueError:
         return None
+    return number if number in NUMBERS else None

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -391,6 +392,28 @@ def test_netplan_is_read_with_its_lines() -> None:
         Entry("f:13", "rule", 7, priority=5, text="from 10.0.0.0/8"),
         Entry("f:15", "route", 9, default=True),
     ]
+
+
+@pytest.mark.parametrize("filler", ["a", " ", "a ", "a-", "{", '"', 'a: "', "-", "9", "0x9"])
+def test_files_of_others_with_endless_words_take_no_more_than_their_length(filler: str) -> None:
+    """A key of 90 KB took 18 s, in which the daemon stood still: all of this must be over long before."""
+    text = "      routes:\n        - table: " + filler * (1_000_000 // len(filler))
+    began = time.process_time()
+    list(netfiles.netplan_entries("f", text))
+    list(netfiles.networkd_entries("f", "[Route]\nTable=" + text, {}))
+    list(netfiles.keyfile_entries("f", "[ipv4]\nrouting-rule1=table " + text))
+    list(netfiles.keyfile_entries("f", "[ipv4]\nrouting-rule1=priority 5 table " + filler * 1000))
+    list(netfiles.table_names("f", text))
+    assert time.process_time() - began < 5
+
+
+def test_of_a_file_of_others_only_its_beginning_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "etc/netplan"
+    folder.mkdir(parents=True)
+    (folder / "x.yaml").write_text(NETPLAN + "#" * machine.FILE + "\n" + NETPLAN)
+    [(_, text)] = machine._texts(tmp_path, ["/etc/netplan"], "*.yaml")  # noqa: SLF001
+    assert len(text) == machine.FILE
+    assert len(list(netfiles.netplan_entries("x", text))) == len(list(netfiles.netplan_entries("x", NETPLAN)))
 
 
 def test_network_files_and_keyfiles_are_read_with_their_lines() -> None:
