@@ -10,6 +10,7 @@ from operator import or_
 from typing import Any
 
 from pbrd.errors import Problem
+from pbrd.prefixes import versions
 from pbrd.settings import (
     KILL_SWITCHES,
     MAIN,
@@ -126,14 +127,11 @@ def _nat_of_nothing(config: Config) -> Iterator[str]:
 def _without_a_family(config: Config) -> Iterator[str]:
     """Yield a line for each policy of one family whose uplinks don't have it. To block it may be meant."""
     for policy in config.policies:
-        sides = [
-            {n.version for n in side} for side in (policy.match.source, policy.match.destination) if side
-        ]
-        versions = set[int]().union(*sides)
+        occurring = frozenset[int]().union(*map(versions, (policy.match.source, policy.match.destination)))
         names = _offered(policy)
-        if len(versions) != 1 or MAIN in names or policy.fallback in KILL_SWITCHES:
+        if len(occurring) != 1 or MAIN in names or policy.fallback in KILL_SWITCHES:
             continue
-        family = next(family for family in Family if family.version in versions)
+        family = next(family for family in Family if family.version in occurring)
         uplinks = [config.uplink(name) for name in names]
         if not any(u.enabled and u.gateway_of(family) is not GatewayMode.OFF for u in uplinks):
             listed = ", ".join(f'"{name}"' for name in sorted(names))

@@ -12,6 +12,7 @@ share a class, and however many there are, classes are few.
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from pbrd.prefixes import LONG
 from pbrd.settings import KILL_SWITCHES, Config, Failback, Fallback, Match, Policy
 
 
@@ -128,7 +129,6 @@ def classify(config: Config) -> Classification:
 
 # --- whether there is a need ------------------------------------------------------------------
 
-LONG = 16  # prefixes in a policy: more of them are a set, not rules
 NATIVE_RULES = 200  # of a family, for all policies; more are judged by nftables
 NATIVE_LAST_PORT = 65534  # the kernel's rules know no range that ends at 65535
 

@@ -30,6 +30,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Final
 
 from pbrd import elements
@@ -68,6 +69,7 @@ ATTRIBUTE = struct.Struct("=HH")
 NAMED = struct.pack("=HH5s3x", 9, 1, b"pbrd\0")  # attribute 1 is the table's name, the first in every message
 
 
+@lru_cache(maxsize=2)  # asked several times a turn, and a text may have megabytes
 def digest(text: str) -> str | None:
     """Return what `Table.holds` says while the kernel has this text; None for the empty one."""
     return hashlib.sha256(text.encode()).hexdigest()[:16] if text else None

@@ -3,10 +3,12 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import PurePath
 
 from pbrd import values
 from pbrd.document import Mistakes, Parser, Report, Table, below, choice, did_you_mean, integer, many, read
+from pbrd.prefixes import LONG, Prefixes, versions
 from pbrd.settings import (
     DEFAULT_POLICY,
     MAIN,
@@ -14,7 +16,6 @@ from pbrd.settings import (
     Fallback,
     Mark,
     Match,
-    Network,
     Policy,
     Range,
     Sticky,
@@ -215,21 +216,23 @@ def _read_match(table: Table, around: Surroundings, report: Report) -> Match:
     for key, file_key in (("from", "from_file"), ("to", "to_file")):
         if file_key in found:
             listed = _read_prefixes(table, file_key, found[file_key], around.read_text, report)
-            found[key] = tuple(dict.fromkeys((*found.get(key, ()), *listed)))
+            found[key] = tuple(dict.fromkeys((*map(str, found.get(key, ())), *listed)))
+        if len(found.get(key, ())) > LONG:
+            found[key] = Prefixes.of(map(str, found[key]))
+        elif file_key in found:
+            found[key] = tuple(map(ip_network, found[key]))
     match = Match(**{FIELDS.get(key, key): value for key, value in found.items()})
     _judge_ports(table, match, report)
     _judge_local(table, match, report)
-    versions = [{network.version for network in side} for side in (match.source, match.destination)]
-    if all(versions) and not versions[0] & versions[1]:
+    sides = [versions(side) for side in (match.source, match.destination)]
+    if all(sides) and not sides[0] & sides[1]:
         key = "to" if "to" in table.cells else "to_file"
         report.at(table, key, "can never match: from and to are of different IP versions; write both in one")
     return match
 
 
-def _read_prefixes(
-    table: Table, key: str, path: str, read_text: ReadText, report: Report
-) -> tuple[Network, ...]:
-    """Return the prefixes of a file, one a line; its problems are those of that file."""
+def _read_prefixes(table: Table, key: str, path: str, read_text: ReadText, report: Report) -> tuple[str, ...]:
+    """Return the prefixes of a file, one a line, in canonical text; its problems are those of that file."""
     file = str(PurePath(table.cells[key].file).parent / path)
     try:
         lines = read_text(file).splitlines()
@@ -237,13 +240,13 @@ def _read_prefixes(
         cause = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         report.at(table, key, f"cannot read {shown(file)}: {cause}; name a file with one prefix a line")
         return ()
-    prefixes: dict[Network, None] = {}
+    prefixes: dict[str, None] = {}
     problems = 0
     for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         try:
             if text:
-                prefixes[values.prefix(text)] = None
+                prefixes[str(values.prefix(text))] = None
         except ValueError as error:
             problems += 1
             if problems <= FILE_PROBLEMS:

@@ -18,6 +18,7 @@ from itertools import product
 
 from pbrd.classes import needs_nft, too_many, uses_nft
 from pbrd.objects import MAIN_TABLE, Action, Key, Link, Rule, Standing
+from pbrd.prefixes import some
 from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Mark, Match, Policy, Uplink
 
 ICMP, ICMPV6 = 1, 58
@@ -299,4 +300,5 @@ def policy_bands(config: Config) -> Iterator[tuple[Policy, int, int]]:
 @lru_cache(maxsize=8192)
 def policy_families(match: Match) -> tuple[Family, ...]:
     """Return the families in which `match` can match at all."""
-    return tuple(family for family in Family if selectors(match, family, [p[:-1] for p in match.iif]))
+    few = replace(match, source=some(match.source), destination=some(match.destination))
+    return tuple(family for family in Family if selectors(few, family, [p[:-1] for p in match.iif]))

@@ -18,11 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from pbrd.classes import LONG, Classification, Outcome, classify, concerns, in_turn, outcomes_of, uses_nft
+from pbrd.classes import Classification, Outcome, classify, concerns, in_turn, outcomes_of, uses_nft
 from pbrd.marks import ARRIVED, INBOUND, Marks, Numbers, marks_of, pin_of
 from pbrd.objects import Key, Standing
+from pbrd.prefixes import LONG, listing
 from pbrd.rules import ICMP, ICMPV6
-from pbrd.settings import Config, Fallback, Family, Match, Network, Policy, Range, Sticky, Uplink
+from pbrd.settings import Config, Fallback, Family, Match, Policy, Range, Sticky, Uplink
 from pbrd.units import set_of
 
 SEED = 0x70627264  # of the hash that keeps a client on its uplink: the same after every restart
@@ -42,7 +43,7 @@ class _Writer:
     units: Mapping[str, tuple[int, ...]]  # unit → levels at which its cgroups may lie
     usable: frozenset[str]
     tunnels: tuple[int, ...]  # marks of packets that carry a tunnel: they go by the rules alone
-    sets: list[str] = field(default_factory=list)
+    sets: dict[str, str] = field(default_factory=dict)  # by name: both chains that judge share them
 
     @property
     def uplinks(self) -> list[Uplink]:
@@ -113,7 +114,7 @@ class _Writer:
             if not concerns(policy.match, local):
                 continue
             verdicts = self.verdicts(policy)
-            for family, match in self.matches(f"{'l' if local else 'f'}{number}", policy.match, local):
+            for family, match in self.matches(f"policy{number}", policy.match, local):
                 for only, verdict in verdicts:
                     if None in (family, only) or family is only:
                         yield f"{match} {verdict}".strip()
@@ -183,30 +184,28 @@ class _Writer:
         for family, ip in ((Family.IPV4, "ip"), (Family.IPV6, "ip6")):
             parts = []
             for side, networks in (("saddr", match.source), ("daddr", match.destination)):
-                mine = [n for n in networks if n.version == family.version]
-                if networks and not mine:
+                mine, count, every = listing(networks, family.version)
+                if networks and not count:
                     break
-                if any(n.prefixlen == 0 for n in mine):
+                if every:
                     parts.append(f"meta nfproto ipv{family.version}")
-                elif mine:
-                    parts.append(
-                        f"{ip} {side} {self.prefixes(f'{name}_{side}{family.version}', family, mine)}"
-                    )
+                elif count:
+                    named = f"{name}_{side}{family.version}"
+                    parts.append(f"{ip} {side} {self.prefixes(named, family, mine, count)}")
             else:
                 if match.dscp:
                     parts.append(f"{ip} dscp {any_of(map(str, match.dscp))}")
                 yield family, " ".join(parts)
 
-    def prefixes(self, name: str, family: Family, networks: Sequence[Network]) -> str:
+    def prefixes(self, name: str, family: Family, elements: str, count: int) -> str:
         """Return an anonymous set, or the name of one for a long list."""
-        texts = [str(network) for network in networks]
-        if len(texts) <= LONG:
-            return any_of(texts)
+        if count <= LONG:
+            return elements if count == 1 else f"{{ {elements} }}"
         kind = "ipv4_addr" if family is Family.IPV4 else "ipv6_addr"
-        elements = ", ".join(texts)
-        self.sets.append(
-            f"set {name} {{ type {kind}; flags interval; auto-merge; elements = {{ {elements} }}; }}"
-        )
+        if name not in self.sets:
+            self.sets[name] = (
+                f"set {name} {{ type {kind}; flags interval; auto-merge; elements = {{ {elements} }}; }}"
+            )
         return f"@{name}"
 
     # --- hooks --------------------------------------------------------------------------------
@@ -331,7 +330,9 @@ class _Writer:
             *self.nat(),
         ]
         units = (f"set {set_of(unit)} {{ type cgroupsv2; }}" for unit in sorted(self.units))
-        inside = "\n".join(f"\t{line}" for part in (*units, *self.sets, *parts) for line in part.splitlines())
+        inside = "\n".join(
+            f"\t{line}" for part in (*units, *self.sets.values(), *parts) for line in part.splitlines()
+        )
         return f"table inet pbrd {{\n{inside}\n}}\n"
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from pbrd.prefixes import Networks
+
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
@@ -162,8 +164,8 @@ class Uplink:
 class Match:
     """`match` of a policy. A tuple means "any of its items", an empty one "anything"; all keys must hold."""
 
-    source: tuple[Network, ...] = ()  # `from`, and the prefixes of `from_file`
-    destination: tuple[Network, ...] = ()  # `to`, and the prefixes of `to_file`
+    source: Networks = ()  # `from`, and the prefixes of `from_file`; long lists are `Prefixes`
+    destination: Networks = ()  # `to`, and the prefixes of `to_file`
     source_file: str = ""  # path as written; "" is none
     destination_file: str = ""
     iif: tuple[str, ...] = ()  # exact, or ending in `*`; "lo" is this host itself

@@ -411,7 +411,7 @@ def test_of_a_file_of_others_only_its_beginning_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "etc/netplan"
     folder.mkdir(parents=True)
     (folder / "x.yaml").write_text(NETPLAN + "#" * machine.FILE + "\n" + NETPLAN)
-    [(_, text)] = machine._texts(tmp_path, ["/etc/netplan"], "*.yaml")  # noqa: SLF001
+    [(_, text)] = machine._texts(tmp_path, ["/etc/netplan"], "*.yaml")
     assert len(text) == machine.FILE
     assert len(list(netfiles.netplan_entries("x", text))) == len(list(netfiles.netplan_entries("x", NETPLAN)))
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 # From the bottom up. A module imports from lower layers; modules of one layer import each other only where
 # that layer is in PEERS, and never in a circle. Modules that aren't written yet may be absent.
 PURE = frozenset({
-    "errors", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
+    "errors", "prefixes", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
     "marks", "classes", "classrules", "eviction", "schedule",
     "effective", "units",
     "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths", "cost", "changes",

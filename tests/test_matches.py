@@ -56,7 +56,7 @@ def test_thousands_of_prefixes_from_a_file(lab: Lab, daemon: StartDaemon, tmp_pa
     lines = [f"10.{n >> 8}.{n & 255}.0/24" for n in range(5000)] + [f"{TARGETS[1]}/32", TARGETS6[1]]
     file.write_text("# a list\n" + "\n".join(lines))
     pbrd = daemon(lab, BASE + policy(f"{{ to_file = '{file}' }}") + DEFAULT)
-    assert lab.exit_of(dst=TARGETS[1]) == "lte"
+    assert lab.exit_of(dst=TARGETS[1]) == lab.exit_of(dst=TARGETS[1], local=True) == "lte"
     assert lab.exit_of(src=LAN6[0], dst=TARGETS6[1]) == "lte"
     assert lab.exit_of(dst=TARGETS[0]) == "fiber"
     assert len(lab.run(lab.router, "ip", "rule").stdout.splitlines()) < 30
