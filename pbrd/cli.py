@@ -78,11 +78,16 @@ def run(arguments: Arguments) -> int:
     _need_net_admin("run the daemon")
     from pathlib import Path
 
+    from pbrd.locks import alone
+
     # asyncio imports ssl if it can: 4 MiB that the daemon has no use for.
     sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
     from pbrd.daemon import main as daemon
 
-    code: int = daemon(Path(arguments.config), Path(arguments.runtime_dir), Path(arguments.state_dir))
+    with alone("run") as odd:
+        if odd:
+            print(f"warning: {odd}", file=sys.stderr)
+        code: int = daemon(Path(arguments.config), Path(arguments.runtime_dir), Path(arguments.state_dir))
     return code
 
 
@@ -93,14 +98,18 @@ def check(arguments: Arguments) -> int:
         return USAGE
     from pathlib import Path
 
+    from pbrd import confinement
     from pbrd.config import load, warnings
     from pbrd.cost import words
 
     file = arguments.file or arguments.config or CONFIG_FILE
-    config = load(Path("/dev/stdin" if file == "-" else file), pipe=True)
+    path, read = Path("/dev/stdin" if file == "-" else file), list[str]()
+    config = load(path, pipe=True, seen=read.append)
     for warning in warnings(config):
         print(f"warning: {warning}", file=sys.stderr)
     if not arguments.no_machine:
+        for remark in confinement.remarks(str(path), read):
+            print(f"warning: {remark}", file=sys.stderr)
         _print_conflicts(config)
     metered = ", ".join(uplink.name for uplink in config.uplinks if uplink.metered)
     counts = [_count(len(config.uplinks), "uplink") + (f" ({metered} metered)" if metered else "")]
@@ -188,8 +197,11 @@ def flush(arguments: Arguments) -> int:
         from pathlib import Path
 
         from pbrd import offline
+        from pbrd.locks import undisturbed
 
-        removed, remarks = offline.flush(Path(arguments.state_dir), Path(arguments.config))
+        runtime = Path(arguments.runtime_dir)
+        with undisturbed(runtime, "flush"):
+            removed, remarks = offline.flush(runtime, Path(arguments.state_dir), Path(arguments.config))
     else:
         print("the daemon is paused until `pbrd reload`", file=sys.stderr)
     _print_lines(removed, "nothing to remove")

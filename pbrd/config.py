@@ -8,7 +8,7 @@ problems at once. The texts become one `document`; `uplinks` and `policies` read
 
 import grp
 import pwd
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pbrd import values
@@ -46,6 +46,9 @@ __all__ = ["load", "parse", "unsupported", "warnings"]
 
 # pbrd owns 22,000 priorities from `rule_priority` up, and must stay above the rule of the main table (32766).
 HIGHEST_RULE_PRIORITY = 32766 - 22000
+
+# Why root is refused: the unit's CapabilityBoundingSet= and ProtectHome=.
+CONFINED = "pbrd.service reads only what root owns or all may read, and nothing in homes"
 
 
 def _fwmark_mask(value: object) -> int:
@@ -103,17 +106,26 @@ def load(
     groups: Lookup = lambda name: grp.getgrnam(name).gr_gid,
     *,
     pipe: bool = False,
+    seen: Callable[[str], object] = lambda _: None,
 ) -> Config:
     """Return the config of `path` and of `conf.d/*.toml` beside it; ConfigError names every problem.
 
     With `pipe`, `path` may be one that a shell hands over (/dev/stdin, /dev/fd/63), as it is read only once.
+    `seen` is told of each file that was read.
     """
     report = Report()
     texts = [(str(path), _text(path, report, pipe))]
     texts += [(str(file), _text(file, report)) for file in _fragments(path.parent / "conf.d", report)]
+    for file, _ in texts:
+        seen(file)
+
+    def read_list(file: str) -> str:
+        seen(file)
+        return _read_utf8(file)
+
     if any(problem.file == str(path) for problem in report.problems):
         raise ConfigError(report.problems)  # without the main file the rest makes no sense
-    return _judged(texts, users, groups, _read_utf8, report=report, allow_unsupported=False)
+    return _judged(texts, users, groups, read_list, report=report, allow_unsupported=False)
 
 
 def parse(
@@ -132,11 +144,14 @@ def parse(
 
 def _read_utf8(path: str, pipe: bool = False) -> str:
     file = Path(path)
-    handed_over = pipe and path.startswith(("/dev/", "/proc/")) and file.is_fifo()
-    if file.exists() and not file.is_file() and not handed_over:
-        # To read a pipe of a file system is to wait, maybe for ever, and a device may have no end.
-        raise OSError(22, "not a regular file", path)
-    return file.read_text(encoding="utf-8-sig")  # a byte order mark is no reason to refuse a file
+    try:
+        handed_over = pipe and path.startswith(("/dev/", "/proc/")) and file.is_fifo()
+        if file.exists() and not file.is_file() and not handed_over:
+            # To read a pipe of a file system is to wait, maybe for ever, and a device may have no end.
+            raise OSError(22, "not a regular file", path)
+        return file.read_text(encoding="utf-8-sig")  # a byte order mark is no reason to refuse a file
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"{error.strerror} ({CONFINED})", path) from None
 
 
 def _text(file: Path, report: Report, pipe: bool = False) -> str:

@@ -13,7 +13,6 @@ most `STREAMS` of the places.
 
 import asyncio
 import contextlib
-import fcntl
 import grp
 import inspect
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from pbrd import __version__, varlink
 from pbrd.errors import ConfigError, ControlError, PbrdError
+from pbrd.locks import lock, unlock
 from pbrd.varlink import INTERFACE, SERVICE, CallError, Object
 
 MESSAGE_LIMIT = 1 << 16  # bytes
@@ -37,6 +37,7 @@ TAKE = 5.0
 PACE = 0.001
 GROUP = "pbrd"
 RETRY_ACCEPT = 0.5  # seconds, when the process has no file descriptor left
+LOOK = 5.0  # seconds between two looks whether the socket file is still there
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +60,6 @@ def description(interface: str) -> str:
     if interface not in (INTERFACE, SERVICE):
         raise varlink.InterfaceNotFound(interface)
     return Path(__file__).with_name(f"{interface}.varlink").read_text(encoding="utf-8")
-
-
-def lock(path: Path) -> int:
-    """Take the lock of a runtime directory: return the file descriptor that holds it, or raise ControlError.
-
-    The file is never removed: a third daemon could then lock a new file of the same name.
-    """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        pid = os.read(fd, 20).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise ControlError(
-            f"another pbrd already runs with this runtime dir (pid {pid}): {path.parent}"
-        ) from None
-    os.ftruncate(fd, 0)
-    os.write(fd, f"{os.getpid()}\n".encode())
-    return fd
 
 
 def _listen(path: Path) -> socket.socket:
@@ -146,12 +128,16 @@ class Server:
         except OSError as error:
             raise ControlError(f"cannot use {self._path.parent}: {error.strerror}") from None
         try:
-            self._socket = _listen(self._path)
-            stat = self._path.stat()
-            self._file = stat.st_dev, stat.st_ino
+            self._listen()
         except BaseException:
             self.close()
             raise
+
+    def _listen(self) -> socket.socket:
+        self._socket = _listen(self._path)
+        stat = self._path.stat()
+        self._file = stat.st_dev, stat.st_ino
+        return self._socket
 
     def close(self) -> None:
         """Stop listening, remove the socket file if it is still ours, and let go of the lock."""
@@ -163,8 +149,7 @@ class Server:
                 if (stat.st_dev, stat.st_ino) == self._file:
                     self._path.unlink()
         if self._lock is not None:
-            os.ftruncate(self._lock, 0)
-            os.close(self._lock)
+            unlock(self._lock)
             self._lock = None
 
     async def run(self) -> None:
@@ -177,10 +162,28 @@ class Server:
         assert self._socket is not None  # noqa: S101 - for mypy
         try:
             async with asyncio.TaskGroup() as group:
-                await self._accept(self._socket, group)
+                accepting = group.create_task(self._accept(self._socket, group))
+                while True:
+                    await self._vanished()
+                    with contextlib.suppress(ControlError, OSError):  # not even the directory is there
+                        former, fresh = self._socket, self._listen()
+                        accepting.cancel()
+                        await asyncio.wait({accepting})
+                        former.close()
+                        accepting = group.create_task(self._accept(fresh, group))
         finally:
             if ours:
                 self.close()
+
+    async def _vanished(self) -> None:
+        """Wait until somebody has removed the socket file: without it nobody can steer the daemon."""
+        while True:
+            await asyncio.sleep(LOOK)
+            if not self._is_there():
+                return
+
+    def _is_there(self) -> bool:
+        return os.path.lexists(self._path)
 
     async def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()

@@ -45,7 +45,6 @@ from pbrd.report import Report, Sinks
 from pbrd.routing import adopted_standings, desired
 from pbrd.rules import probe_mark
 from pbrd.settings import Config, OnStop
-from pbrd.sysctl import Originals
 from pbrd.watchdog import Watchdog, period
 
 REST = 0.002  # seconds between two turns: what arrives meanwhile is taken together
@@ -62,13 +61,13 @@ class Daemon:
     def __init__(self, path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> None:
         self.path, self.runtime_dir, self.log = path, runtime_dir, log
         self.config = config.load(path)
-        originals = Originals(state_dir / offline.SYSCTLS)
+        originals = offline.originals(runtime_dir, state_dir)
         self.kernel = Kernel(self.config, originals)
         self.drains = state_dir / "drained.json"
         self.paths = Paths()
         self.paths.drained, trouble = drains.load(self.drains)
         for reason in filter(None, (trouble, originals.trouble)):
-            log.warning("going on without what was kept in the state directory", reason=reason)
+            log.warning("going on without what was written down", reason=reason)
         self.judge = Judge(self.wake, log.warning, asyncio.get_running_loop())
         self.sinks = Sinks(path, runtime_dir, lambda: self.report.document(self.paused), log)
         self.netfilter = Netfilter(self.wake, self.judge.units_again, log, self.sinks.tell)

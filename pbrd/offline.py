@@ -17,7 +17,7 @@ from pbrd.rules import keys_of
 from pbrd.settings import Config, Daemon
 from pbrd.sysctl import Originals
 
-SYSCTLS = "sysctls.json"  # in the state directory: the values before pbrd
+SYSCTLS = "sysctls.json"  # in the runtime directory: the values before pbrd
 
 
 def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]:
@@ -50,7 +50,12 @@ def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]
         kernel.close()
 
 
-def flush(state_dir: Path, path: Path) -> tuple[list[str], tuple[str, ...]]:
+def originals(runtime_dir: Path, state_dir: Path) -> Originals:
+    """Return the sysctls as they were before pbrd, wherever they were written down."""
+    return Originals(runtime_dir / SYSCTLS, former=state_dir / SYSCTLS)
+
+
+def flush(runtime_dir: Path, state_dir: Path, path: Path) -> tuple[list[str], tuple[str, ...]]:
     """Remove what a daemon left behind; return a line for each thing removed, and what else to say of it.
 
     Names are removed, and kill switches known, where the config at `path` can still be read.
@@ -59,7 +64,7 @@ def flush(state_dir: Path, path: Path) -> tuple[list[str], tuple[str, ...]]:
         current = config.load(path)
     except ConfigError:
         current = Config(Daemon(names=""))
-    kernel = Kernel(current, Originals(state_dir / SYSCTLS))
+    kernel = Kernel(current, originals(runtime_dir, state_dir))
     try:
         removed = asyncio.run(flush_all(kernel, Table(), current))
         return removed, remarks.opened(current) if removed else ()

@@ -1,7 +1,8 @@
 """The sysctls of the uplinks' interfaces: read, written, and put back as they were.
 
-What a key was before pbrd first wrote it is kept in the state directory, with the boot it belongs to,
-so that `pbrd flush` restores it even after a crash of the daemon.
+What a key was before pbrd first wrote it is kept in the runtime directory, so that `pbrd flush` restores it
+even after a crash of the daemon. Like the sysctls, what lies in /run begins anew at each boot. The kernel's
+boot_id is no witness: systemd-nspawn mounts another one over it, which a confined unit doesn't see.
 """
 
 from contextlib import suppress
@@ -42,15 +43,21 @@ def rp_filter(interface: str) -> int:
 
 
 class Originals:
-    """The values before pbrd, kept at `path`; `trouble` is what was wrong with the file, or ""."""
+    """The values before pbrd, kept at `path`; `trouble` is what was wrong with the file, or "".
 
-    def __init__(self, path: Path) -> None:
+    `former` is where a version before 0.1.0 kept them; what it has of this boot is taken over.
+    """
+
+    def __init__(self, path: Path, former: Path | None = None) -> None:
         self.path = path
-        self.boot = ""  # where the kernel does not name it, what is kept counts over boots
-        with suppress(OSError):
-            self.boot = BOOT_ID.read_text().strip()
-        kept, self.trouble = statefile.load(path, self._kept)
+        kept, self.trouble = statefile.load(path, _kept)
+        if kept is None and former is not None:
+            kept, trouble = statefile.load(former, _kept_in_this_boot)
+            self.trouble = self.trouble or trouble
+        self.former = former
         self.values = kept or {}
+        if kept and former is not None and not path.exists() and not self._save():
+            self._forget_former()
 
     def write(self, sysctl: Sysctl) -> None:
         """Write a sysctl and remember what it was; raises OSError."""
@@ -72,17 +79,30 @@ class Originals:
         self.values = {}
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
+        self._forget_former()
         return changed
 
-    def _kept(self, document: Any) -> dict[str, int]:
-        """Return what an earlier daemon kept in this boot; ValueError and its like if it can't be."""
-        if document["boot"] != self.boot:
-            return {}
-        values = {str(name): int(value) for name, value in document["values"].items()}
-        if not all(Path(name).is_relative_to(ROOT) for name in values):
-            raise ValueError
-        return values
+    def _forget_former(self) -> None:
+        if self.former is not None:
+            with suppress(OSError):
+                self.former.unlink(missing_ok=True)
 
-    def _save(self) -> None:
+    def _save(self) -> str:
         # A lost file costs a sysctl that stays as it is after a flush: no reason to stop routing.
-        statefile.save(self.path, {"boot": self.boot, "values": self.values})
+        return statefile.save(self.path, {"values": self.values})
+
+
+def _kept(document: Any) -> dict[str, int]:
+    """Return the values that an earlier daemon kept; ValueError and its like if they can't be."""
+    values = {str(name): int(value) for name, value in document["values"].items()}
+    if not all(Path(name).is_relative_to(ROOT) for name in values):
+        raise ValueError
+    return values
+
+
+def _kept_in_this_boot(document: Any) -> dict[str, int]:
+    """Return what `_kept` does, if it was in this boot."""
+    boot = ""  # where the kernel does not name it, what is kept counts over boots
+    with suppress(OSError):
+        boot = BOOT_ID.read_text().strip()
+    return _kept(document) if document["boot"] == boot else {}

@@ -352,6 +352,17 @@ def test_the_socket_goes_when_the_server_ends(runtime: Path) -> None:
         assert not (runtime / "pbrd.sock").exists()
 
 
+def test_a_socket_file_that_somebody_removed_is_made_anew(daemon: Path) -> None:
+    with connected(daemon) as before:
+        (daemon / "pbrd.sock").unlink()
+        with pytest.raises(NotRunning):
+            client.call(daemon, "Status")
+        eventually((daemon / "pbrd.sock").exists, 20)
+        assert client.call(daemon, "Status")["version"] == "0"
+        assert "parameters" in ask(before, calling("Status"))  # who was connected still is
+    assert client.call(daemon, "Status")["version"] == "0"
+
+
 def test_no_daemon_is_an_error_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(NotRunning, match="no daemon is running"):
         client.call(tmp_path, "Status")

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     # bytes to values and back; no I/O
     ("codec", frozenset({"rtnetlink", "linkinfo", "varlink", "elements"})),
     # bytes in and out; the shells know what they mean
-    ("line", frozenset({"netlink", "sysctl", "netns", "journal", "journalreader"})),
+    ("line", frozenset({"netlink", "sysctl", "netns", "journal", "journalreader", "locks", "confinement"})),
     ("shell", frozenset({
         "kernel", "nftables", "conntrack", "probe", "control", "client", "systemd", "names", "metrics",
         "hooks", "log", "monitor", "drains", "cgroups", "drift", "stdio",

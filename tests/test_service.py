@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from box import Box
+from box import Box, python
 from conftest import Leaving, Writes, eventually
 from service import CONFIG, HERE, UNIT, Service, networkd, seed, start, switch_off
 
@@ -176,15 +176,70 @@ def test_a_state_directory_that_takes_nothing_stops_nothing(make_box: MakeBox, l
     service.systemctl("restart")
 
 
+@pytest.mark.parametrize("disk", ["dead", "read-only"])
+def test_it_starts_though_its_state_directory_cannot_be_there(make_box: MakeBox, lab: Lab, disk: str) -> None:
+    service = start(make_box, lab)
+    service.systemctl("stop")
+    service.box.enter(["rm", "-r", "/var/lib/pbrd"])
+    if disk == "dead":
+        mount = "[Unit]\nDefaultDependencies=no\n[Mount]\nWhat=/nowhere.img\nWhere=/var/lib\nType=ext4\n"
+        service.box.write({"/etc/systemd/system/var-lib.mount": mount})
+        service.box.enter(["systemctl", "daemon-reload"])
+    else:
+        service.box.enter(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", "/var/lib"])
+    service.systemctl("start")
+    service.wait_up()
+    assert service.show("NRestarts") == "0"
+    service.box.enter(["pbrd", "drain", "fiber"])
+    assert lab.exit_of(src=LAN[0]) == "lte"
+    assert ("drained uplinks are not written down" in service.log) == (disk == "read-only")
+
+
+def test_what_the_service_cannot_read_is_said_by_check_and_by_itself(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    box = service.box
+
+    def said(*prepare: str, config: str = CONFIG) -> str:
+        """What `check` warns of, after the daemon has refused to reload for the same reason."""
+        box.write({"/etc/pbrd/pbrd.toml": config})
+        for command in prepare:
+            box.enter(["sh", "-ec", command])
+        checked = box.enter(["pbrd", "check"])
+        assert service.systemctl("reload", check=False) == 1
+        return checked.stderr
+
+    listed = CONFIG.replace("from = [", 'to_file = "PLACE/list", from = [', 1)
+    file = "/etc/pbrd/pbrd.toml"
+    assert f"{file} belongs to nobody and has mode 0600; chmod o+r {file}, or chown root {file}" in said(
+        f"chown nobody {file}; chmod 0600 {file}"
+    )
+    assert "only what root owns or all may read" in service.log
+    assert "/etc/pbrd belongs to nobody and has mode 0700; chmod o+x /etc/pbrd" in said(
+        f"chown root {file}; chmod 0644 {file}; chown nobody /etc/pbrd; chmod 0700 /etc/pbrd"
+    )
+    box.enter(["sh", "-c", "chown root /etc/pbrd; chmod 0755 /etc/pbrd"])
+    for place, why in {"/root": "it sees no home directories", "/tmp": "it has a /tmp of its own"}.items():
+        write = f"echo 198.51.100.0/24 >{place}/list; chmod 0644 {place}/list"
+        assert f"{place}/list: pbrd.service cannot read it: {why}" in said(
+            write, config=listed.replace("PLACE", place)
+        )
+    box.enter(["sh", "-ec", "echo 198.51.100.0/24 >/etc/pbrd/list; chown root:pbrd /etc/pbrd/list"])
+    box.write({file: listed.replace("PLACE", "/etc/pbrd")})
+    assert "cannot read" not in box.enter(["pbrd", "check"]).stderr
+    service.systemctl("reload")
+    assert service.show("ActiveState", "NRestarts") == ("active", "0")
+
+
 def test_broken_state_files_are_set_aside_and_told(make_box: MakeBox, lab: Lab) -> None:
     service = start(make_box, lab)
     service.systemctl("stop")
-    for name in ("drained.json", "sysctls.json"):
-        service.box.write({f"/var/lib/pbrd/{name}": "\0half a fi"})
+    files = ("/var/lib/pbrd/drained.json", "/run/pbrd/sysctls.json")
+    for file in files:
+        service.box.write({file: "\0half a fi"})
     service.systemctl("start")
-    for name in ("drained.json", "sysctls.json"):
-        assert f"/var/lib/pbrd/{name} is broken: it is now {name}.broken" in service.log
-        assert (service.box.root / f"var/lib/pbrd/{name}.broken").read_text() == "\0half a fi"
+    for file in files:
+        assert f"{file} is broken: it is now {Path(file).name}.broken" in service.log
+        assert (service.box.root / f"{file[1:]}.broken").read_text() == "\0half a fi"
     assert service.show("ActiveState", "NRestarts") == ("active", "0")
 
 
@@ -256,7 +311,7 @@ def test_it_has_two_capabilities_and_no_home(make_box: MakeBox, lab: Lab) -> Non
 
 def test_an_own_user_will_do_as_documented(make_box: MakeBox, lab: Lab, tmp_path: Path) -> None:
     service = start(make_box, lab)
-    drop_in = "[Service]\nUser=pbrd\nAmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW\n"
+    drop_in = "[Service]\nUser=pbrd\nAmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW\nStateDirectory=pbrd\n"
     service.box.write(
         {"/etc/sysusers.d/pbrd.conf": "u pbrd -\n", f"/etc/systemd/system/{UNIT}.d/user.conf": drop_in}
     )
@@ -271,6 +326,16 @@ def test_an_own_user_will_do_as_documented(make_box: MakeBox, lab: Lab, tmp_path
     lab.silence(0)
     eventually(lambda: lab.exit_of(src=LAN[0], within=0.2) == "lte")
     service.systemctl("reload")
+    service.box.enter(["pbrd", "drain", "fiber"])
+    assert (service.box.root / "var/lib/pbrd/drained.json").exists()
+
+
+def test_a_lock_file_of_a_run_by_hand_is_nobodys_to_lock(make_box: MakeBox, lab: Lab) -> None:
+    box = make_box(seed(enabled=False), network=lab.router)
+    box.enter(["sh", "-c", "umask 022; timeout -s INT 2 pbrd run"], check=False)
+    lock = "import fcntl,os; fcntl.flock(os.open('/run/pbrd/pbrd.pid', 0), fcntl.LOCK_EX)"
+    refused = box.run([python(), "-c", lock], "User=nobody", check=False)
+    assert "PermissionError" in refused.stderr
 
 
 def test_nothing_that_pbrd_does_is_denied_to_it(make_box: MakeBox, lab: Lab) -> None:
