@@ -46,6 +46,8 @@ class Lookout:
             config = self.config
             try:
                 found = await asyncio.to_thread(_warnings, config) if config else ()
+            except ImportError:  # the package was removed or replaced, and who did that ends us, too
+                found = ()
             except Exception as error:  # noqa: BLE001 - others' files may hold anything: no reason to end
                 found = (f"this machine can't be looked at: {error!r}",)
             self.tell([line for line in found if line not in self.told])
