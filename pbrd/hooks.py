@@ -96,6 +96,7 @@ class Hooks:
         self.environment = ENVIRONMENT | {"RUNTIME_DIRECTORY": runtime_dir, "PBRD_RUNTIME_DIR": runtime_dir}
         self.refused: dict[Path, str] = {}
         self.dropped = 0
+        self._on = ""  # the event that hooks run on now
         self._queue: deque[Mapping[str, str]] = deque()
         self._awake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -103,6 +104,8 @@ class Hooks:
 
     def add(self, facts: Mapping[str, str]) -> None:
         """Have the hooks run with these facts (name → value), soon."""
+        if _is_echo(self._on, facts):
+            return
         if len(self._queue) >= QUEUE:
             self._queue.popleft()
             if not self.dropped:
@@ -131,6 +134,7 @@ class Hooks:
             self._awake.clear()
             while self._queue:
                 facts, waiting = self._queue.popleft(), len(self._queue)
+                self._on = facts.get("event", "")
                 try:
                     hooks = await asyncio.to_thread(self._look)
                     if not hooks:  # nor for what was waiting when we looked
@@ -143,6 +147,7 @@ class Hooks:
             if self.dropped:
                 self.log.warning("hooks have caught up", dropped=self.dropped)
                 self.dropped = 0
+            self._on = ""
             self._idle.set()
 
     def _look(self) -> list[Path]:
@@ -209,6 +214,15 @@ class Hooks:
                 break
             await asyncio.sleep(0.01)
         return in_time
+
+
+def _is_echo(on: str, facts: Mapping[str, str]) -> bool:
+    """Say whether a hook that runs on the event `on` got these by asking for the same again, in vain.
+
+    A hook that reloads on each reload would run for ever.
+    """
+    in_vain = on == "reload-refused" or (on == "reload" and facts.get("changes") == "0")
+    return in_vain and facts.get("event") == on
 
 
 def _start(hook: Path, output: int, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from box import Box
-from conftest import HEAD, PROBE, UPLINKS, StartDaemon, all_up, as_nobody, eventually
+from conftest import HEAD, PROBE, ROOT, UPLINKS, StartDaemon, all_up, as_nobody, eventually
 from service import start
 
 from pbrd import hooks
@@ -319,6 +320,37 @@ def test_a_hanging_hook_holds_up_neither_failover_nor_stop(
     eventually(lambda: lab.exit_of() == "lte")
     eventually(lambda: pbrd.policy("default").get("active") == "lte")
     assert pbrd.stop() == 0
+
+
+RELOADS = """
+case $PBRD_EVENT in
+    reload*) echo "$PBRD_EVENT" >>{out}; cd {root} && {python} -m pbrd reload; echo asked >>{out} ;;
+    uplink-drained) echo "$PBRD_UPLINK" >>{out} ;;
+esac
+true
+"""
+
+
+def test_a_hook_that_reloads_on_a_reload_is_no_loop(lab: Lab, daemon: StartDaemon, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = RELOADS.format(out=out, root=ROOT, python=sys.executable)
+    write(tmp_path / "daemon0" / "hooks.d", "10-again", script)
+    pbrd = daemon(lab, CONFIG)
+
+    def told() -> list[str]:
+        return out.read_text().splitlines() if out.exists() else []
+
+    pbrd.command("reload")
+    eventually(lambda: "asked" in told(), within=WITHIN)
+    pbrd.command("drain", "lte")  # comes behind whatever the hook has caused
+    eventually(lambda: "lte" in told(), within=WITHIN)
+    assert told() == ["reload", "asked", "lte"]
+    assert pbrd.status()["generation"] == 3
+    pbrd.reload("[broken")
+    eventually(lambda: told().count("asked") == 2, within=WITHIN)
+    pbrd.command("drain", "fiber")
+    eventually(lambda: "fiber" in told(), within=WITHIN)
+    assert told()[3:] == ["reload-refused", "asked", "fiber"]
 
 
 # --- as a service -----------------------------------------------------------------------------
