@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 no daemon is running, 4 there 
 # ruff: noqa: PLC0415 - imports inside functions are what keeps `pbrd status` fast
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from pbrd import stdio
 from pbrd.arguments import CONFIG_FILE, parser
 from pbrd.client import call
 from pbrd.errors import ConfigError, NeedsRoot, NotRunning, PbrdError
+from pbrd.printable import printable, to_json
 from pbrd.varlink import ConfigInvalid, PermissionDenied
 
 DONE, FAILED, USAGE, NOT_RUNNING, ATTENTION, CONFIG = 0, 1, 2, 3, 4, 78
@@ -62,19 +62,23 @@ def _complain(error: PbrdError, argv: list[str], command: str) -> int:
     """Say on standard error what went wrong and return its exit code."""
     if isinstance(error, ConfigError | ConfigInvalid):
         for problem in error.problems:
-            print(problem, file=sys.stderr)
+            _say(str(problem), sys.stderr)
         return CONFIG
     text = f"cannot {command}: only root may" if isinstance(error, PermissionDenied) else str(error)
     if isinstance(error, PermissionDenied | NeedsRoot):
         from shlex import join
 
         text += f" (try: sudo {join(['pbrd', *argv])})"
-    print(f"pbrd: {text}", file=sys.stderr)
+    _say(f"pbrd: {text}", sys.stderr)
     return NOT_RUNNING if isinstance(error, NotRunning) else FAILED
 
 
 def run(arguments: Arguments) -> int:
     """`pbrd run`."""
+    import signal
+
+    # Until the daemon has handlers, as they end a process that has none: a reload comes after the start.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
     _need_net_admin("run the daemon")
     from pathlib import Path
 
@@ -106,10 +110,10 @@ def check(arguments: Arguments) -> int:
     path, read = Path("/dev/stdin" if file == "-" else file), list[str]()
     config = load(path, pipe=True, seen=read.append)
     for warning in warnings(config):
-        print(f"warning: {warning}", file=sys.stderr)
+        _say(f"warning: {warning}", sys.stderr)
     if not arguments.no_machine:
         for remark in confinement.remarks(str(path), read):
-            print(f"warning: {remark}", file=sys.stderr)
+            _say(f"warning: {remark}", sys.stderr)
         _print_conflicts(config)
     metered = ", ".join(uplink.name for uplink in config.uplinks if uplink.metered)
     counts = [_count(len(config.uplinks), "uplink") + (f" ({metered} metered)" if metered else "")]
@@ -130,7 +134,7 @@ def _print_conflicts(config: Any) -> None:
         return
     if conflicts.concerns(config, here):
         for finding in conflicts.findings(config, here):
-            print(f"{'note' if finding.harmless else 'warning'}: {finding}", file=sys.stderr)
+            _say(f"{'note' if finding.harmless else 'warning'}: {finding}", sys.stderr)
 
 
 def plan(arguments: Arguments) -> int:
@@ -158,7 +162,7 @@ def status(arguments: Arguments) -> int:
     from pbrd.tables import exit_code, table
 
     if arguments.json:
-        print(json.dumps(document, indent=2, ensure_ascii=False))
+        print(to_json(document, indent=2))
     else:
         from datetime import datetime
 
@@ -206,7 +210,7 @@ def flush(arguments: Arguments) -> int:
         print("the daemon is paused until `pbrd reload`", file=sys.stderr)
     _print_lines(removed, "nothing to remove")
     for remark in remarks:
-        print(f"warning: {remark}", file=sys.stderr)
+        _say(f"warning: {remark}", sys.stderr)
     return DONE
 
 
@@ -215,7 +219,7 @@ def drain(arguments: Arguments) -> int:
     asked = {"uplink": arguments.uplink}
     answer = call(arguments.runtime_dir, arguments.name.capitalize(), asked, timeout=LONG)
     for remark in answer.get("remarks", ()):
-        print(remark)
+        _say(remark)
     return DONE
 
 
@@ -260,10 +264,15 @@ def in_colour() -> bool:
     return sys.stdout.isatty() and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
 
 
+def _say(text: str, to: Any = None) -> None:
+    """Print text that names what others have named: interfaces, files, tables."""
+    print(printable(text, "\n\t"), file=to)
+
+
 def _print_lines(lines: Sequence[str], otherwise: str) -> bool:
     """Print `lines`, or `otherwise` if there are none; say whether there were any."""
     for line in lines or (otherwise,):
-        print(line)
+        _say(line)
     return bool(lines)
 
 

@@ -112,10 +112,11 @@ class Daemon:
         loop.add_reader(self.kernel.listen(), self.wake)
         with contextlib.suppress(KernelError):  # a kernel without nftables: fine until it is needed
             loop.add_reader(self.netfilter.table.listen(), self.wake)
-        await self.take_over(self.config)
-        self.sinks.tell(events.started(__version__, str(self.path)))
         for number, act in self.signals().items():
             loop.add_signal_handler(number, act)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals())  # `pbrd run` holds some back until now
+        await self.take_over(self.config)
+        self.sinks.tell(events.started(__version__, str(self.path)))
         async with asyncio.TaskGroup() as group:
             tasks = (
                 self.reconcile(),
@@ -263,7 +264,9 @@ class Daemon:
         return {
             "Status": control.Handler(lambda _: self.report.document(self.paused)),
             "Monitor": control.Handler(self.sinks.monitor.look, stream=self.sinks.monitor.follow),
-            "Plan": control.Handler(self.answer_plan, root_parameters=frozenset({"config"})),
+            "Plan": control.Handler(
+                self.answer_plan, root_parameters=frozenset({"config"}), others=self.known_plan
+            ),
             "Drain": control.Handler(lambda asked: self.drain(asked["uplink"], drained=True), changes=True),
             "Undrain": control.Handler(
                 lambda asked: self.drain(asked["uplink"], drained=False), changes=True
@@ -283,6 +286,10 @@ class Daemon:
         self.kernel.changes.everything = True
         self.kernel.read()
         self.wake()
+        return self.known_plan()
+
+    def known_plan(self, _: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Say what would change now as far as we know: who isn't root can't have the kernel read."""
         steps = diff(self.kernel.state(), self.target()).lines()
         return {"steps": [*steps, *table_steps(self.netfilter.applied, self.netfilter.text)]}
 

@@ -3,7 +3,6 @@
 The ring is all that there is without a journal, without a right to read it, and without systemd-python.
 """
 
-import json
 import os
 import signal
 import sys
@@ -18,13 +17,16 @@ from pbrd import journalreader
 from pbrd.client import call, follow
 from pbrd.errors import ControlError, NotRunning
 from pbrd.events import IDS, from_journal
+from pbrd.printable import printable, to_json
 from pbrd.timestamp import parse
 
 Document = dict[str, Any]
 
 RING = 1000  # more than the daemon keeps is not to be had from it
+LIMIT = 1_000_000_000  # more than a journal holds, and fewer than systemd-python can count
+UNIT = "pbrd.service"  # as it is shipped
 LAST = 10  # events to begin with when following, as journalctl has it
-NOWHERE = "no journal is kept here"
+NOWHERE = "no journal is kept here (Storage=none in journald.conf, or no journald)"
 PERMISSION = "older ones are in the journal, which root and the groups systemd-journal and adm may read"
 INSTALL = "to read the journal, too, install python3-systemd (Debian, Ubuntu), elsewhere systemd-python"
 PAUSE = 1.0  # seconds between two tries to reach a daemon that has gone
@@ -77,7 +79,7 @@ def show(runtime_dir: str, wanted: Wanted, *, as_json: bool, colour: bool) -> in
     try:
         if as_json:
             for event in found:
-                print(json.dumps(event, ensure_ascii=False), flush=wanted.follow)
+                print(to_json(event), flush=wanted.follow)
         else:
             _print_table(found, wanted.follow, colour)
     except KeyboardInterrupt:
@@ -107,7 +109,7 @@ def _source(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
         logs_there = True
     if logs_there and not obstacle:
         return _journal(runtime_dir, wanted)
-    if logs_there and obstacle != NOWHERE:
+    if logs_there:
         print(f"pbrd: these are the events since the daemon started; {obstacle}", file=sys.stderr)
     return _ring(runtime_dir, wanted)
 
@@ -115,14 +117,15 @@ def _source(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
 def _obstacle() -> str:
     """Return what keeps us from reading the system's journal; "" if nothing does."""
     if not journalreader.is_readable():
-        return PERMISSION if journalreader.is_there() else NOWHERE
+        return PERMISSION if journalreader.is_hidden() else NOWHERE
     return "" if journalreader.is_installed() else INSTALL
 
 
 def _journal(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
     """Yield what the journal holds. What anybody else wrote there may lack what an event has."""
-    groups = _matches(os.path.abspath(runtime_dir), wanted)
-    for fields in journalreader.entries(groups, wanted.since, wanted.last, follow=wanted.follow):
+    last = None if wanted.last is None else min(wanted.last, LIMIT)
+    groups = _matches(runtime_dir, wanted)
+    for fields in journalreader.entries(groups, wanted.since, last, follow=wanted.follow):
         if fields.get("PBRD_EVENT") in IDS:
             event = from_journal(fields | {"PBRD_TIME": _moment(fields)})
             if wanted.has(event):
@@ -131,20 +134,34 @@ def _journal(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
 
 def _moment(fields: dict[str, str]) -> str:
     """Return when it happened; when it arrived, if nothing usable says more."""
-    with suppress(KeyError, ValueError):
-        told = fields["PBRD_TIME"]
-        if datetime.fromisoformat(told).tzinfo is not None:
-            return told
+    with suppress(KeyError, ValueError, OverflowError):
+        told = datetime.fromisoformat(fields["PBRD_TIME"])
+        if told.tzinfo is not None:
+            told.astimezone()  # the first and the last year of all have no local time
+            return fields["PBRD_TIME"]
     return fields["time"]
 
 
 def _matches(runtime_dir: str, wanted: Wanted) -> list[list[str]]:
-    """Return the journal's matches: one of MESSAGE_ID's, and (where both are asked for) one of the names."""
-    every = ["SYSLOG_IDENTIFIER=pbrd", f"PBRD_RUNTIME_DIR={runtime_dir}"]
+    """Return the journal's matches: one of MESSAGE_ID's, and one of each kind of what is asked for.
+
+    Anybody may write fields like ours. Those that journald adds itself (systemd.journal-fields(7)) tell who
+    did: root, whoever the daemon's directory belongs to, or the unit, whoever its user was at that time.
+    """
+    every = ["SYSLOG_IDENTIFIER=pbrd", f"PBRD_RUNTIME_DIR={os.path.abspath(runtime_dir)}"]
     every += [f"MESSAGE_ID={identifier}" for identifier in IDS.values()]
-    named = [f"PBRD_UPLINK={wanted.uplink}"] * bool(wanted.uplink)
-    named += [f"PBRD_POLICY={wanted.policy}"] * bool(wanted.policy)
-    return [[*every, name] for name in named] or [every]
+    named = [[f"PBRD_UPLINK={wanted.uplink}"]] * bool(wanted.uplink)
+    named += [[f"PBRD_POLICY={wanted.policy}"]] * bool(wanted.policy)
+    writers = [[f"_UID={user}" for user in sorted({0, _owner(runtime_dir)})], [f"_SYSTEMD_UNIT={UNIT}"]]
+    return [[*every, *writer, *name] for writer in writers for name in named or [[]]]
+
+
+def _owner(runtime_dir: str) -> int:
+    """Return the user id that a daemon there has; root's if the directory is not there."""
+    try:
+        return os.stat(runtime_dir).st_uid
+    except OSError:
+        return 0
 
 
 def _ring(runtime_dir: str, wanted: Wanted) -> Iterator[Document]:
@@ -216,7 +233,8 @@ def row(event: Document) -> tuple[str, ...]:
     why = event["reason"] if event["uplink"] or event["policy"] else event["message"]
     first, _, more = (why or "-").partition("\n")
     time_ = local.isoformat(" ", "milliseconds")[:23]
-    return time_, event["event"], whose, change, f"{first} …" if more else first
+    cells = (time_, event["event"], whose, change, f"{first} …" if more else first)
+    return tuple(map(printable, cells))
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], colour: str) -> str:

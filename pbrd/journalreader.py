@@ -17,21 +17,26 @@ from pbrd.errors import PbrdError
 
 PLACES = ("/var/log/journal", "/run/log/journal")
 DAMAGED = {errno.EBADMSG, errno.EADDRNOTAVAIL}  # an entry in a file that was cut off, say by a power failure
+ALL_NAMESPACES = 1 << 5  # sd_journal_open(3), systemd 245; a unit may have LogNamespace=
 PATIENCE = 1000  # damaged entries in a row until we give up
 
 Fields = dict[str, str]
 Entry = dict[str, Any]
 
 
-def is_there() -> bool:
-    """Say whether this machine keeps a journal in files."""
-    return any(os.path.isdir(place) for place in PLACES)
+def is_hidden() -> bool:
+    """Say whether there may be a journal that this process may not read: with Storage=none there is none."""
+    found = chain.from_iterable([Path(place), *Path(place).glob("*"), *_files(place)] for place in PLACES)
+    return any(path.exists() and not os.access(path, os.R_OK) for path in found)
 
 
 def is_readable() -> bool:
     """Say whether this process may read the system's journal."""
-    files = chain.from_iterable(Path(place).glob("*/system.journal") for place in PLACES)
-    return any(os.access(file, os.R_OK) for file in files)
+    return any(os.access(file, os.R_OK) for place in PLACES for file in _files(place))
+
+
+def _files(place: str) -> Iterator[Path]:
+    return Path(place).glob("*/system.journal")
 
 
 def is_installed() -> bool:
@@ -74,7 +79,7 @@ def _open(matches: Sequence[Sequence[str]]) -> Any:
 
     # Its own conversions fail on values that anybody may have written, such as a time in the year 10^20.
     plain = {name: bytes.decode for name in journal.DEFAULT_CONVERTERS if not name.startswith("__")}
-    reader = journal.Reader(journal.LOCAL_ONLY, converters=plain)
+    reader = journal.Reader(journal.LOCAL_ONLY | ALL_NAMESPACES, converters=plain)
     for number, group in enumerate(matches):
         if number:
             reader.add_disjunction()

@@ -21,10 +21,12 @@ import structlog  # noqa: E402
 
 from pbrd import journal  # noqa: E402
 from pbrd.events import IDS, Event  # noqa: E402
+from pbrd.printable import printable  # noqa: E402
 
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}  # syslog(3)
 DAEMON = "3"  # the facility, syslog(3)
 SAID = frozenset({"hook"})  # facts that their sentences name
+KEPT = "\n\t"  # of what has no shape; what hooks print and how others name files is not obeyed
 PIPE_BUF = 4096  # bytes; a pipe that says it is writable takes so much at once (pipe(7))
 
 Document = dict[str, Any]  # what structlog hands from processor to processor
@@ -77,8 +79,9 @@ def _for_people(_: Any, __: str, document: Document) -> Document:
         document.pop("time")
     for name in SAID & document.keys():
         del document[name]
-    return document | {
-        name: _text(value) for name, value in document.items() if isinstance(value, dict | list)
+    return {
+        name: printable(_text(value), KEPT) if isinstance(value, str | dict | list) else value
+        for name, value in document.items()
     }
 
 
@@ -112,7 +115,11 @@ def fields(method: str, document: Document, always: Mapping[str, str]) -> dict[s
         message += f": {', '.join(facts)}" if facts else ""
     if exception:
         message, own["exception"] = f"{message}\n{exception}", exception
-    return entry | {"MESSAGE": message} | {journal.field(f"PBRD_{name}"): own[name] for name in own}
+    return (
+        entry
+        | {"MESSAGE": printable(message, KEPT)}
+        | {journal.field(f"PBRD_{name}"): own[name] for name in own}
+    )
 
 
 def _to_journal(sender: journal.Journal, always: Mapping[str, str]) -> Processor:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from pbrd.printable import printable
+
 Document = dict[str, Any]
 History = Mapping[str, Sequence[float | None]]  # uplink → round trips in ms, oldest first; None is lost
 Cell = tuple[str, str]  # text, name of a colour ("" is none)
@@ -102,12 +104,12 @@ def _uplink_words(uplink: Document, now: datetime | None) -> str:
 def _summary(document: Document, now: datetime, colour: bool) -> str:
     text = (
         f"pbrd {document.get('version', '-')}  pid {document.get('pid', '-')}  "
-        f"generation {document.get('generation', '-')}  {_printable(str(document.get('config', '-')))}"
+        f"generation {document.get('generation', '-')}  {document.get('config', '-')}"
     )
-    lines = [_paint((text, "dim"), colour)]
+    lines = [_paint((printable(text), "dim"), colour)]
     if document.get("paused"):
         since = document.get("paused_since")
-        at = f" at {_printable(_since(since, now))}" if since else ""
+        at = f" at {printable(_since(since, now))}" if since else ""
         remark = f"paused: pbrd let go of the kernel{at}; `pbrd reload` takes over again"
         lines.append(_paint((remark, "yellow"), colour))
     return "\n".join(lines)
@@ -180,17 +182,17 @@ def _remarks(document: Document, now: datetime, colour: bool) -> str:
         lines.append(f"put back {times}: rules or routes of pbrd that others had changed")
     reload = document.get("last_reload")
     if reload and not reload.get("ok", True):
-        at = _since(reload.get("at"), now)
+        at = printable(_since(reload.get("at"), now))
         lines.append(
             _paint((f"the last reload was refused at {at}; the config before it is in force:", "red"), colour)
         )
-        lines += [f"  {_printable(problem)}" for problem in str(reload.get("error") or "").splitlines()]
+        lines += [f"  {printable(problem)}" for problem in str(reload.get("error") or "").splitlines()]
     return "\n".join(lines)
 
 
 def _columns(head: Sequence[str], rows: Sequence[Sequence[Cell]], colour: bool) -> str:
     """Return the rows under their head, two spaces between columns, nothing behind the last one."""
-    table = [[(title, "dim") for title in head], *([(_printable(t), c) for t, c in row] for row in rows)]
+    table = [[(title, "dim") for title in head], *([(printable(t), c) for t, c in row] for row in rows)]
     widths = [max(len(text) for text, _ in column) for column in zip(*table, strict=True)]
     return "\n".join(_row(row, widths, colour) for row in table)
 
@@ -207,11 +209,6 @@ def _row(row: Sequence[Cell], widths: Sequence[int], colour: bool) -> str:
 def _paint(cell: Cell, colour: bool) -> str:
     text, name = cell
     return f"\x1b[{COLOURS[name]}m{text}\x1b[0m" if colour and name and text else text
-
-
-def _printable(text: str) -> str:
-    """Return `text` without what a terminal would obey."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _milliseconds(value: float | None) -> str:

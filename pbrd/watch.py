@@ -1,6 +1,5 @@
 """`pbrd status --watch`: the status as it changes and every second, with the round trips seen meanwhile."""
 
-import json
 import os
 import signal
 import sys
@@ -11,6 +10,7 @@ from datetime import datetime
 
 from pbrd.client import follow
 from pbrd.errors import ControlError, NotRunning
+from pbrd.printable import printable, to_json
 from pbrd.tables import Document, table
 
 SECOND = 1.0
@@ -62,14 +62,14 @@ def _texts(runtime_dir: str, as_json: bool, colour: bool) -> Iterator[str]:
                 raise
             reason = "no daemon is running" if isinstance(error, NotRunning) else str(error)
             remark = f"{reason}; waiting for it"
-            yield json.dumps({"error": remark}) if as_json else remark
+            yield to_json({"error": remark}) if as_json else printable(remark)
         time.sleep(SECOND)
 
 
 def _shown(document: Document, histories: "Histories", as_json: bool, colour: bool) -> str:
     """Return what to show for one document, and note its round trips."""
     if as_json:
-        return json.dumps(document, ensure_ascii=False)
+        return to_json(document)
     histories.add(document, time.monotonic())
     return table(document, datetime.now().astimezone(), colour=colour, history=histories.values)
 

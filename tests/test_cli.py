@@ -274,6 +274,7 @@ def test_status_imports_next_to_nothing(fake: Daemon) -> None:
         "pbrd.cli",
         "pbrd.client",
         "pbrd.errors",
+        "pbrd.printable",
         "pbrd.stdio",
         "pbrd.tables",
         "pbrd.varlink",

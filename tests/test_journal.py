@@ -22,6 +22,7 @@ from pbrd.lab import Lab
 
 MakeBox = Callable[..., Box]
 CATALOG = "/usr/lib/systemd/catalog/pbrd.catalog"
+USER = "/etc/systemd/system/pbrd.service.d/user.conf"
 BACK = ("uplink-recovering", "uplink-up")  # "degraded" may come between: one family is always the first
 IN_BOX = f"import sys; sys.path[:0] = ['{PLACE}/source', '{PLACE}/libraries']\n"
 
@@ -203,16 +204,72 @@ journal = Journal()
 journal.send(entry | {"MESSAGE": "no event"})
 journal.send(entry | {"MESSAGE": "no time", "PBRD_EVENT": "reload", "COREDUMP_TIMESTAMP": "9" * 30})
 journal.send(entry | {"MESSAGE": "no zone", "PBRD_EVENT": "reload", "PBRD_TIME": "2026-11-22"})
+journal.send(entry | {"MESSAGE": "no word of time", "PBRD_EVENT": "reload", "PBRD_TIME": "garbage"})
+journal.send(entry | {"MESSAGE": "too early", "PBRD_EVENT": "reload", "PBRD_TIME": "0001-01-01T00:00+14:00"})
 journal.send(entry | {"MESSAGE": "\x00\xff\n", "PBRD_EVENT": "reload", "PBRD_UPLINK": "\x1b[2J"})
 journal._send(b"SYSLOG_IDENTIFIER=pbrd\nPBRD_EVENT=reload\nPBRD_POLICY=one\nPBRD_POLICY=two\n"
               + b"MESSAGE_ID=" + IDS["reload"].encode() + b"\nPBRD_RUNTIME_DIR=/run/pbrd\nMESSAGE=\xff\n")
 """
     in_box(service.box, code)
     forged = [event for event in events_of(service) if event not in ring(service)]
-    assert [event["message"] for event in forged] == ["no time", "no zone", "\0ÿ\n", "\ufffd"]
+    odd = ["no time", "no zone", "no word of time", "too early"]
+    assert [event["message"] for event in forged] == [*odd, "\0ÿ\n", "\ufffd"]
     assert forged[-1]["policy"] in ("one", "two")
     assert all(event["time"].endswith("Z") for event in forged)
-    assert service.box.run(["pbrd", "events", "--since", "1h ago"]).stdout.count("reload") == 4
+    table = service.box.run(["pbrd", "events", "--since", "1h ago"]).stdout
+    assert table.count("reload") == 6
+    assert all(line.isprintable() for line in table.splitlines())
+
+
+FORGED = """
+from pbrd.events import IDS
+from pbrd.journal import Journal
+Journal().send({"SYSLOG_IDENTIFIER": "pbrd", "MESSAGE_ID": IDS["uplink-down"], "MESSAGE": "forged",
+                "PBRD_RUNTIME_DIR": "/run/pbrd", "PBRD_EVENT": "uplink-down", "PBRD_UPLINK": "fiber",
+                "_UID": "0", "_SYSTEMD_UNIT": "pbrd.service", "PBRD_TIME": "2026-11-22T17:43:48.723Z"})
+"""
+
+
+def test_nobody_else_can_write_what_passes_for_an_event(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    in_box(service.box, FORGED, "User=nobody")
+    assert service.box.journal("MESSAGE=forged", "PBRD_EVENT=uplink-down", "_UID=65534")
+    assert events_of(service) == ring(service)
+    assert events_of(service, "--uplink", "fiber", "-n", "1")[0]["event"] == "uplink-up"
+    assert events_of(service, "-n", "99999999999999999999", "--since", "1h ago") == ring(service)
+
+
+def test_events_of_a_user_of_its_own_are_shown_and_those_before_it(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab)
+    before = ring(service)
+    drop_in = "[Service]\nUser=pbrd\nAmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW\n"
+    service.box.write({"/etc/sysusers.d/pbrd.conf": "u pbrd -\n", USER: drop_in})
+    for command in (["systemd-sysusers"], ["systemctl", "daemon-reload"]):
+        service.box.enter(command)
+    service.systemctl("restart")
+    service.wait_up()
+    in_box(service.box, FORGED, "User=nobody")
+    events = events_of(service)
+    assert events[: len(before)] == before
+    assert events[len(before) + 1 :] == ring(service)  # between them, one has stopped
+    (service.box.root / USER.lstrip("/")).unlink()
+    service.box.enter(["systemctl", "daemon-reload"])
+    service.systemctl("restart")
+    assert events_of(service)[: len(events)] == events
+
+
+def test_events_in_a_namespace_of_the_journal_are_found(make_box: MakeBox, lab: Lab) -> None:
+    service = start(make_box, lab, drop_in="LogNamespace=apart")
+    assert service.box.enter(["journalctl", "--namespace=apart", "-t", "pbrd", "-q"]).stdout
+    assert events_of(service) == ring(service)
+
+
+def test_without_a_journal_it_is_the_daemons_own_events_and_says_why(make_box: MakeBox, lab: Lab) -> None:
+    none = {"/etc/systemd/journald.conf.d/none.conf": "[Journal]\nStorage=none\n"}
+    service = start(make_box, lab, seed=none)
+    told = service.box.run(["pbrd", "events", "--json"])
+    assert [json.loads(line) for line in told.stdout.splitlines()] == ring(service)
+    assert "no journal is kept here" in told.stderr
 
 
 def test_without_systemd_python_it_is_the_daemons_own_events(make_box: MakeBox, lab: Lab) -> None:

@@ -21,7 +21,7 @@ PURE = frozenset({
     "effective", "units",
     "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths", "cost", "changes",
     "remarks",
-    "explain", "status", "snapshot", "events", "timestamp", "tables", "topology",
+    "explain", "status", "snapshot", "events", "timestamp", "tables", "topology", "printable",
     "netfiles", "firewalls", "neighbours", "conflicts", "precedence", "occupied",
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (

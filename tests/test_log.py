@@ -98,7 +98,7 @@ def test_a_pipe_that_nobody_reads_stalls_no_failover(lab: Lab, tmp_path: Path) -
 
 def test_lines_have_time_with_zone_level_and_sentence(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, CONFIG)
-    eventually(lambda: all_up(pbrd))
+    eventually(lambda: all_up(pbrd) and "uplink fiber is up" in pbrd.log)
     lab.carrier(0, up=False)
     eventually(lambda: "policy default failed over" in pbrd.log)
     pbrd.stop()
