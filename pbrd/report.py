@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import operator
 import os
 import time
 from collections import deque
@@ -21,6 +22,9 @@ from pbrd.monitor import Monitor
 from pbrd.netfilter import Netfilter
 from pbrd.paths import Paths
 
+FRESH = (
+    0.1  # seconds for which a document is good, unless something happens: many may ask, and it may be long
+)
 SLICE = 0.005  # seconds; the loop has a turn between two slices: thousands of policies may fail over at once
 
 
@@ -80,6 +84,9 @@ class Report:
         self.generation = 1
         self.last_reload: status.ReloadStatus | None = None
         self.shown: status.Snapshot | None = None
+        self._document: dict[str, Any] = {}
+        self._written_for: tuple[object, ...] = ()
+        self._fresh_until = 0.0
         self.gateways = events.NONE  # the last ones that were shown, also of uplinks that have none now
 
     def publish(self, paused: bool) -> None:
@@ -108,8 +115,13 @@ class Report:
         self.sinks.tell(events.reload_refused(str(error)))
 
     def document(self, paused: bool) -> dict[str, Any]:
-        """Return what `pbrd status --json` shows."""
-        return status.to_json(self.snapshot(paused))
+        """Return what `pbrd status --json` shows, as it was FRESH seconds ago at most. Not to be changed."""
+        now = time.monotonic()
+        key = (paused, self.generation, self.shown, self.last_reload)
+        if not (now < self._fresh_until and all(map(operator.is_, key, self._written_for))):
+            self._document = status.to_json(self.snapshot(paused))
+            self._fresh_until, self._written_for = now + FRESH, key
+        return self._document
 
     def snapshot(self, paused: bool) -> status.Snapshot:
         """Return the daemon at this moment; `paused`: nothing of ours is in the kernel."""

@@ -6,6 +6,7 @@ Pure: monotonic times become wall clock ones by an offset that the caller gives.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from pbrd.health import Health, Reason, State
 from pbrd.objects import KernelState, Key, Link, Standing
@@ -174,18 +175,37 @@ def policies(view: View, before: Mapping[str, PolicyStatus], now: float) -> tupl
     Policies that say the same go the same way: of thousands few must be worked out.
     """
     moment = iso(view.clock + now)
-    worked_out: dict[object, PolicyStatus] = {}
+    worked_out: dict[tuple[int, bool], PolicyStatus] = {}
     found = []
-    for policy in view.config.all_policies:
+    for kind, policy in _kinds(view.config):
         is_on = policy.name in view.in_force
-        kind = (policy.via, policy.balance, policy.fallback, policy_families(policy.match), is_on)
-        if kind not in worked_out:
-            worked_out[kind] = _policy(view, policy, is_on, moment)
-        status = worked_out[kind]
+        if (kind, is_on) not in worked_out:
+            worked_out[kind, is_on] = _policy(view, policy, is_on, moment)
+        status = worked_out[kind, is_on]
         known = before.get(policy.name)
-        same = known is not None and (known.active, known.state) == (status.active, status.state)
-        since = known.since if known is not None and same else moment
-        found.append(replace(status, name=policy.name, since=since))
+        if known is None or (known.active, known.state) != (status.active, status.state):
+            found.append(replace(status, name=policy.name))
+        elif _says(known) == _says(status):
+            found.append(known)  # the very object: to compare it with the last one costs nothing
+        else:
+            found.append(replace(status, name=policy.name, since=known.since))
+    return tuple(found)
+
+
+def _says(status: PolicyStatus) -> tuple[object, ...]:
+    """Return all but the name and the time."""
+    s = status
+    return s.active, s.state, s.reason, s.families, s.via, s.fallback, s.shares
+
+
+@lru_cache(maxsize=2)
+def _kinds(config: Config) -> tuple[tuple[int, Policy], ...]:
+    """Return each policy with a number that it shares with those which say the same."""
+    numbers: dict[object, int] = {}
+    found = []
+    for policy in config.all_policies:
+        kind = (policy.via, policy.balance, policy.fallback, policy_families(policy.match))
+        found.append((numbers.setdefault(kind, len(numbers)), policy))
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ milliseconds, losses and shares run from 0.0 to 1.0. `tables` shows the document
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 OMITTED_WHEN_NONE = frozenset({"shares"})  # every other None is written as null
@@ -126,9 +127,17 @@ def outline(snapshot: Snapshot) -> dict[str, Any]:
     return to_json(replace(snapshot, policies=())) | {"policies": states}
 
 
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
+
+
 def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
     if is_dataclass(value):
-        items = ((field.name, getattr(value, field.name)) for field in fields(value))
+        kind: Any = type(value)
+        items = ((name, getattr(value, name)) for name in _names(kind))
         return {
             name: _plain(item) for name, item in items if item is not None or name not in OMITTED_WHEN_NONE
         }
