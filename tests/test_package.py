@@ -422,6 +422,72 @@ def test_an_upgrade_keeps_the_daemon_whose_config_the_new_version_refuses(machin
     assert box.show("pbrd.service", "ActiveState") == {"ActiveState": "inactive"}
 
 
+def test_an_upgrade_judges_the_config_that_the_daemon_has(machine: tuple[Lab, Box]) -> None:
+    _, box = machine
+    own = "[Service]\nExecStart=\nExecStart=/usr/bin/pbrd run --config /etc/pbrd/own.toml\n"
+    box.write({"/etc/systemd/system/pbrd.service.d/own.conf": own, "/etc/pbrd/own.toml": CONFIG})
+    dpkg(box, "--install", "/debs/old.deb")
+    box.enter(["systemctl", "start", "pbrd"])
+    first = box.show("pbrd.service", "MainPID")
+    for break_it, why in (
+        ("echo nonsense >>/etc/pbrd/own.toml", "/etc/pbrd/own.toml: line"),
+        ("rm /etc/pbrd/own.toml", "/etc/pbrd/own.toml: there is no such file"),
+    ):
+        box.enter(["sh", "-ec", break_it])
+        said = dpkg(box, "--install", "/debs/new.deb")
+        assert "pbrd: not restarted" in said
+        assert why in said
+        assert box.show("pbrd.service", "MainPID") == first
+    # What root may read and the service may not, and what the daemon doesn't use.
+    box.write({"/etc/pbrd/own.toml": CONFIG, "/etc/pbrd/pbrd.toml": "[nonsense"})
+    box.enter(["sh", "-ec", "chown nobody /etc/pbrd/own.toml; chmod 0600 /etc/pbrd/own.toml"])
+    assert "only what root owns or all may read" in dpkg(box, "--install", "/debs/new.deb")
+    assert box.show("pbrd.service", "MainPID") == first
+    box.enter(["chown", "root", "/etc/pbrd/own.toml"])
+    assert "not restarted" not in dpkg(box, "--install", "/debs/new.deb")
+    assert box.show("pbrd.service", "ActiveState") == {"ActiveState": "active"}
+    assert box.show("pbrd.service", "MainPID") != first
+
+
+def test_an_upgrade_leaves_a_paused_daemon_paused(machine: tuple[Lab, Box]) -> None:
+    lab, box = machine
+    before = kernel(lab)
+    dpkg(box, "--install", "/debs/old.deb")
+    box.write({"/etc/pbrd/pbrd.toml": CONFIG})
+    box.enter(["systemctl", "start", "pbrd"])
+    box.enter(["pbrd", "flush"])
+    assert "not restarted, as it is paused" in dpkg(box, "--install", "/debs/new.deb")
+    assert kernel(lab) == before
+    box.enter(["systemctl", "restart", "pbrd"])
+    assert kernel(lab) != before
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "rm /run/pbrd/pbrd.sock",
+        "rm -r /run/pbrd",
+        "kill -KILL $(systemctl show --property=MainPID --value pbrd); sleep 0.6",
+    ],
+)
+def test_removing_leaves_the_kernel_as_it_was_though_the_daemon_cannot_be_asked(
+    machine: tuple[Lab, Box], harm: str
+) -> None:
+    lab, box = machine
+    before = kernel(lab)
+    dpkg(box, "--install", "/debs/old.deb")
+    box.write({"/etc/pbrd/pbrd.toml": CONFIG + POLICY})
+    box.enter(["systemctl", "start", "pbrd"])
+    eventually(lambda: up(box), within=15)
+    box.enter(["sh", "-c", harm])
+    dpkg(box, "--remove", "pbrd")
+    assert not box.enter(["pgrep", "-f", "bin/pbrd"], check=False).stdout
+    if harm == "rm -r /run/pbrd":  # with it goes what the sysctls were
+        assert not re.search(r"proto (112|pbrd)", kernel(lab))
+    else:
+        assert kernel(lab) == before
+
+
 def test_removing_leaves_the_kernel_as_it_was_and_purging_no_files(machine: tuple[Lab, Box]) -> None:
     lab, box = machine
     clean, before = files(box), kernel(lab)
