@@ -152,6 +152,11 @@ def _read_utf8(path: str, pipe: bool = False) -> str:
         return file.read_text(encoding="utf-8-sig")  # a byte order mark is no reason to refuse a file
     except PermissionError as error:
         raise PermissionError(error.errno, f"{error.strerror} ({CONFINED})", path) from None
+    except FileNotFoundError as error:
+        if not path.startswith(("/tmp/", "/var/tmp/")):  # noqa: S108 - the unit has PrivateTmp=
+            raise
+        reason = f"{error.strerror} (pbrd.service has a /tmp of its own)"
+        raise FileNotFoundError(error.errno, reason, path) from None
 
 
 def _text(file: Path, report: Report, pipe: bool = False) -> str:

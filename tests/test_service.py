@@ -223,6 +223,8 @@ def test_what_the_service_cannot_read_is_said_by_check_and_by_itself(make_box: M
         assert f"{place}/list: pbrd.service cannot read it: {why}" in said(
             write, config=listed.replace("PLACE", place)
         )
+    assert "and nothing in homes" in service.log
+    assert "(pbrd.service has a /tmp of its own)" in service.log
     box.enter(["sh", "-ec", "echo 198.51.100.0/24 >/etc/pbrd/list; chown root:pbrd /etc/pbrd/list"])
     box.write({file: listed.replace("PLACE", "/etc/pbrd")})
     assert "cannot read" not in box.enter(["pbrd", "check"]).stderr
