@@ -79,7 +79,8 @@ def _pinned(
     """
     marks, pin = marks_of(config), pin_of(marks_of(config), config.uplink(name))
     kept = {0, INBOUND, ARRIVED} | {block + place for place in others - places}
-    for first, bits in cover({block + place for place in places}, kept, marks.classes.bit_count()):
+    ranges = cover({block + place for place in places}, kept, marks.classes.bit_count())
+    for first, bits in sorted(ranges, key=lambda found: -found[1]):  # the large ones first
         free = marks.class_((1 << bits) - 1)
         yield Eviction(family, marks.class_(first) | pin, marks.mask & ~free)
 
