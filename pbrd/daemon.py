@@ -334,7 +334,7 @@ class Daemon:
         self.config = self.judge.follow(fresh, before, self.netfilter.table.chains())
         known = adopted_standings(self.judge.current, before)
         self.paths.follow(fresh, self.kernel.families, known, time.monotonic())
-        if self.report.shown is None and before.rules and table != digest(self.judge.text(known)):
+        if self.report.shown is None and table not in (None, digest(self.judge.text(known))):
             self.judge.judge_anew()  # a start with other policies than connections were judged by
         self.prober.mark_with(probe_mark(fresh).value)
         self.paused = False

@@ -101,10 +101,16 @@ def cover(
 
 
 def stranded(before: Mapping[Key, Standing], after: Mapping[Key, Standing]) -> list[Key]:
-    """Return what has gone down while another uplink of the family could take the connections."""
-    takers = {key[1] for key, standing in after.items() if standing.usable and not standing.drained}
+    """Return what has gone down while another uplink of the family takes its connections, or can from now on."""
+    took, takes = (
+        {key[1] for key, s in them.items() if s.usable and not s.drained} for them in (before, after)
+    )
     was = {key for key, standing in before.items() if standing.usable}
-    return [key for key, standing in after.items() if key in was and not standing.usable and key[1] in takers]
+    return [
+        key
+        for key, standing in after.items()
+        if not standing.usable and key[1] in takes and (key in was or key[1] not in took)
+    ]
 
 
 def pins_of(config: Config, names: Iterable[str]) -> tuple[Eviction, ...]:
@@ -142,13 +148,19 @@ def _leaving(
 ) -> Iterator[str]:
     """Yield the uplinks of a class whose connections must leave."""
     names = [n for n in dict.fromkeys(one.uplinks) if n != MAIN and has_family(config.uplink(n), family)]
-    usable = [name for name in names if _usable(after, name, family)]
-    takers = any(not is_drained(name, family, after) for name in usable) or MAIN in one.uplinks
+    takes, took = (_takes(one, names, family, standings) for standings in (after, before))
     for name in names:
-        if _usable(before, name, family) and name not in usable and takers:
+        waited = not took  # for somebody who takes them, with an uplink that was down before
+        if takes and not _usable(after, name, family) and (waited or _usable(before, name, family)):
             yield name
     if one.failback is Failback.IMMEDIATE:
         yield from _lesser(one, family, before, after)
+
+
+def _takes(one: Class, names: Iterable[str], family: Family, standings: Mapping[Key, Standing]) -> bool:
+    """Say whether connections of a class can go on somewhere."""
+    able = (_usable(standings, name, family) and not is_drained(name, family, standings) for name in names)
+    return MAIN in one.uplinks or any(able)
 
 
 def _lesser(

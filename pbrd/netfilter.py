@@ -48,6 +48,7 @@ class Netfilter:
         self.dead: list[tuple[tuple[Address, ...], tuple[Network, ...]]] = []
         self.addresses: dict[tuple[str, Family], tuple[LinkAddress, ...]] = {}  # the last ones of interfaces
         self.swept: tuple[Config, int] | None = None  # the policies since when `_sweep` has been at work
+        self.sweeping: asyncio.TimerHandle | None = None
         self.recycled: list[tuple[Family, int, int]] = []  # to be evicted before the next replacement
         self.members: Mapping[str, tuple[CGroup, ...]] = {}  # of the sets of units
         self.leaving = asyncio.Event()
@@ -185,21 +186,25 @@ class Netfilter:
                     self.addresses[link.name, family] = mine
         stale, judge.stale = judge.stale, []
         self.evict(stale)
-        if self.swept != (judge.current, judge.block):
+        self.evict(evictions(judge.current, judge.block, before, standings))
+        if self.swept != (judge.current, judge.block) or before != self.judged:
             self.swept = (judge.current, judge.block)
-            self._sweep(self.swept, iter(SWEEPS))
+            self._sweep(judge.current, iter(SWEEPS))
         if before == self.judged:
             return
-        self.evict(evictions(judge.current, judge.block, before, standings))
         for name, family in stranded(before, standings):
             mine = self.addresses.get((judge.config.uplink(name).interface, family), ())
             self.abandon([a.local for a in mine], [a.prefix for a in mine])
 
-    def _sweep(self, swept: tuple[Config, int], pauses: Iterator[float]) -> None:
-        """End what other policies have moved and NAT can't follow, as it turns up."""
-        if self.swept == swept and (found := gone(swept[0])):
+    def _sweep(self, config: Config, pauses: Iterator[float]) -> None:
+        """End what has moved and NAT can't follow, as it turns up."""
+        if self.sweeping is not None:
+            self.sweeping.cancel()
+            self.sweeping = None
+        if found := gone(config):
             self.evict(found)
-            asyncio.get_running_loop().call_later(next(pauses, SWEEPS[-1]), self._sweep, swept, pauses)
+            pause = next(pauses, SWEEPS[-1])
+            self.sweeping = asyncio.get_running_loop().call_later(pause, self._sweep, config, pauses)
 
     def evict(self, connections: Iterable[Eviction]) -> None:
         """Forget connections, soon: their next packet begins a new one."""

@@ -41,7 +41,7 @@ def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]
         judge.tunnels = kernel.tunnel_marks
         judge.follow(fresh, current, table.chains())
         held = table.holds()
-        if current.rules and held != digest(judge.text(standings)):
+        if held not in (None, digest(judge.text(standings))):
             judge.judge_anew()
         target = desired(judge.current, kernel.families, links, hops, standings, judge.block)
         steps = diff(current, target).lines()

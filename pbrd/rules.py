@@ -236,7 +236,8 @@ def address_rules(config: Config, family: Family, links: Mapping[str, Link]) -> 
                 yield Rule(family, priority, table=uplink.table, source=source)
                 if uses_nft(config):
                     first = config.daemon.rule_priority + OWN_ADDRESS
-                    yield Rule(family, first, table=uplink.table, source=source, iif="lo")
+                    plain = Mark(0, WHOLE)  # what carries somebody's tunnel is marked, and not judged later
+                    yield Rule(family, first, table=uplink.table, source=source, iif="lo", fwmark=plain)
 
 
 @lru_cache(maxsize=32)
