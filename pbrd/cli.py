@@ -118,7 +118,7 @@ def check(arguments: Arguments) -> int:
     metered = ", ".join(uplink.name for uplink in config.uplinks if uplink.metered)
     counts = [_count(len(config.uplinks), "uplink") + (f" ({metered} metered)" if metered else "")]
     counts += [_count(len(config.policies), "policy"), words(config)]
-    print(f"{file}: {', '.join(counts)}")
+    print(f"{file} is valid: {', '.join(counts)}")
     return DONE
 
 
@@ -174,8 +174,13 @@ def events(arguments: Arguments) -> int:
     """`pbrd events`."""
     from pbrd import history
 
+    try:
+        since = history.since(arguments.since) if arguments.since else None
+    except PbrdError as error:
+        _say(f"pbrd: {error}", sys.stderr)
+        return USAGE
     wanted = history.Wanted(
-        history.since(arguments.since) if arguments.since else None,
+        since,
         arguments.uplink,
         arguments.policy,
         arguments.lines,
@@ -206,11 +211,15 @@ def flush(arguments: Arguments) -> int:
         runtime = Path(arguments.runtime_dir)
         with undisturbed(runtime, "flush"):
             removed, remarks = offline.flush(runtime, Path(arguments.state_dir), Path(arguments.config))
+        paused = False
     else:
-        print("the daemon is paused until `pbrd reload`", file=sys.stderr)
+        paused = True
     _print_lines(removed, "nothing to remove")
+    sys.stdout.flush()  # what matters comes last, whatever standard output is
     for remark in remarks:
         _say(f"warning: {remark}", sys.stderr)
+    if paused:
+        print("the daemon is paused until `pbrd reload`", file=sys.stderr)
     return DONE
 
 

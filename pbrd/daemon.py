@@ -15,18 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pbrd import (
-    __version__,
-    changes,
-    config,
-    control,
-    drains,
-    events,
-    names,
-    offline,
-    remarks,
-    systemd,
-)
+from pbrd import __version__, changes, config, control, drains, events, names, offline, remarks, systemd
 from pbrd.drift import Drift
 from pbrd.errors import ConfigError, ControlError, KernelError, PbrdError
 from pbrd.judge import Judge
@@ -65,7 +54,8 @@ class Daemon:
         self.kernel = Kernel(self.config, originals)
         self.drains = state_dir / "drained.json"
         self.paths = Paths()
-        self.paths.drained, trouble = drains.load(self.drains)
+        drained, trouble = drains.load(self.drains)
+        self.paths.drain(drained, time.monotonic())
         for reason in filter(None, (trouble, originals.trouble)):
             log.warning("going on without what was written down", reason=reason)
         self.judge = Judge(self.wake, log.warning, asyncio.get_running_loop())
@@ -117,6 +107,8 @@ class Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals())  # `pbrd run` holds some back until now
         await self.take_over(self.config)
         self.sinks.tell(events.started(__version__, str(self.path)))
+        for remark in remarks.still_drained(self.config, self.paths.drained):
+            self.log.warning(remark)
         async with asyncio.TaskGroup() as group:
             tasks = (
                 self.reconcile(),
@@ -355,7 +347,8 @@ class Daemon:
         if name not in known:
             raise ControlError(remarks.unknown("drain" if drained else "undrain", name, known))
         was, before = name in self.paths.drained, self.report.snapshot(self.paused)
-        self.paths.drained = self.paths.drained | {name} if drained else self.paths.drained - {name}
+        wanted = self.paths.drained | {name} if drained else self.paths.drained - {name}
+        self.paths.drain(wanted, time.monotonic())
         if reason := drains.save(self.drains, self.paths.drained):
             self.log.warning("drained uplinks are not written down", reason=reason)
         self.turn()

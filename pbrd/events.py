@@ -127,7 +127,9 @@ def between(before: Snapshot, after: Snapshot, hops: Gateways = NONE) -> Iterato
     policies = {policy.name: policy for policy in before.policies}
     for policy in after.policies:
         known = policies.get(policy.name)
-        if known is not None and (known.active, known.state) != (policy.active, policy.state):
+        if known is None or (known.via, known.fallback) != (policy.via, policy.fallback):
+            continue  # nothing failed or healed: the reload that did it is an event
+        if (known.active, known.state) != (policy.active, policy.state):
             yield _policy(known, policy, interfaces.get(policy.active or "", ""))
 
 

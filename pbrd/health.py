@@ -131,7 +131,7 @@ class Health:
         self._undoubted: deque[Round] = deque()  # neither answered nor late yet
         self._doubt: int | None = None  # number of the newest round that was late
         self._slot = self._confirm_at = math.inf
-        self._good = self._bad = self._unsent = 0  # rounds in a row
+        self.good = self._bad = self._unsent = 0  # rounds in a row
         self._good_since: float | None = None
         self._fine_since: float | None = None
 
@@ -321,7 +321,7 @@ class Health:
         elif round_.verdict is Verdict.GOOD:
             self._fold_good(round_, now)
         elif round_.verdict is Verdict.BAD:
-            self._unsent = self._good = 0
+            self._unsent = self.good = 0
             self._good_since = None
             self._bad += 1
             if self._bad >= self.probe.fall and self.state is not State.DOWN:
@@ -329,15 +329,15 @@ class Health:
 
     def _fold_good(self, round_: Round, now: float) -> None:
         self._unsent = self._bad = 0
-        self._good += 1
+        self.good += 1
         if self._good_since is None:
             self._good_since = round_.sent
         if self.state is State.STARTING:
             self._enter(State.UP, Reason.OK, now)
         elif self.state is State.DOWN:
-            if self._good == 1:
+            if self.good == 1:
                 self._window.begin_at(round_.number)  # the outage's losses are not the healed uplink's
-            if self._good >= self.probe.rise * self._damping:
+            if self.good >= self.probe.rise * self._damping:
                 self._recover(now)
 
     def _fall(self, reason: Reason, now: float) -> None:
@@ -346,7 +346,7 @@ class Health:
             self._damping = min(self._damping + 1, DAMPING_BOUND) if again else 1
         self._enter(State.DOWN, reason, now)
         self._doubt = None
-        self._good = self._bad = 0
+        self.good = self._bad = 0
         self._good_since = None
         self._window.break_off()
 

@@ -24,6 +24,7 @@ class Paths:
         self.hops: dict[Key, NextHop | None] = {}
         self.seen: set[Key] = set()
         self.drained: frozenset[str] = frozenset()  # names of uplinks
+        self.turned: dict[str, float] = {}  # when uplinks were drained or put back into service
         self._gone: dict[Key, float] = {}  # since when a usable uplink's gateway is missing
 
     def follow(
@@ -45,6 +46,12 @@ class Paths:
             self.healths[key] = Health(probe, targets, now, state)
         self.hops = {key: self.hops.get(key) for key in self.healths}
         self.seen &= set(self.healths)
+
+    def drain(self, names: Iterable[str], now: float) -> None:
+        """Have the uplinks `names` drained, and no others."""
+        wanted = frozenset(names)
+        self.turned |= dict.fromkeys(wanted ^ self.drained, now)
+        self.drained = wanted
 
     def look(self, links: Mapping[str, Link], defaults: Iterable[DefaultRoute], now: float) -> float | None:
         """Take in links and gateways; return in how many seconds to look again, if a gateway is held."""

@@ -1,6 +1,6 @@
 """What commands say of what they have done, in lines for people, where the bare result says too little."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from pbrd.classes import uses_nft
 from pbrd.document import did_you_mean
@@ -29,6 +29,12 @@ def drained(config: Config, name: str, was: bool, before: Snapshot, after: Snaps
     elif now.state in ("down", "disabled"):
         first = f"{name} is drained; it was {now.state} ({now.reason}) before"
     return first, *_fallen(before, after)
+
+
+def still_drained(config: Config, drained: Container[str]) -> tuple[str, ...]:
+    """Return which uplinks of `config` are drained from before a start."""
+    found = [uplink.name for uplink in config.uplinks if uplink.name in drained]
+    return tuple(f"{name} is still drained; `pbrd undrain {name}` puts it back" for name in found)
 
 
 def undrained(name: str, was: bool, after: Snapshot) -> tuple[str, ...]:

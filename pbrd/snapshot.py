@@ -75,6 +75,10 @@ def _uplink(view: View, uplink: Uplink, now: float) -> UplinkStatus:
         if uplink.name in view.paths.drained and state is not State.DOWN:
             state, reason = State.DRAINED, Reason.DRAINED
         since = max(health.since for health in healths)
+        if state is State.DRAINED:
+            since = view.paths.turned.get(uplink.name, since)
+        elif state is not State.DOWN:  # which hides whether it is drained
+            since = max(since, view.paths.turned.get(uplink.name, since))
         transitions = sum(health.transitions for health in healths)
     return UplinkStatus(
         uplink.name,
@@ -257,6 +261,8 @@ def _condition(view: View, name: str, family: Family) -> str:
         return "not there"
     if health.usable and name in view.paths.drained:
         return State.DRAINED.value
+    if health.state is State.DOWN and health.good:
+        return f"{health.state.value} (answers again, but not yet for `rise` rounds)"
     return f"{health.state.value} ({health.reason.value})"
 
 

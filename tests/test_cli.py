@@ -136,6 +136,11 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
     assert caught.value.code == 2
 
 
+def test_a_time_that_means_nothing_is_wrong_usage_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["events", "--since", "foo"]) == 2
+    assert capsys.readouterr().err.startswith("pbrd: ")
+
+
 def test_the_version() -> None:
     told = pbrd("--version")
     assert (told.returncode, told.stdout) == (0, "pbrd 0.1.0\n")
@@ -425,6 +430,13 @@ def test_what_fails_in_the_daemon_is_1(fake: Daemon, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "pbrd: cannot delete the rule: no\n"
 
 
+def test_flush_says_last_that_the_daemon_is_paused(fake: Daemon) -> None:
+    fake.answers["Flush"] = {"removed": ["rule 1", "rule 2"], "remarks": ["open"]}
+    command = f"{sys.executable} -m pbrd flush --runtime-dir {fake.runtime} 2>&1"
+    shown = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=30, check=True)
+    assert shown.stdout.splitlines()[-2:] == ["warning: open", "the daemon is paused until `pbrd reload`"]
+
+
 def test_flush_prints_what_was_removed(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["flush", "--runtime-dir", str(fake.runtime)]) == 0
     shown = capsys.readouterr()
@@ -439,7 +451,7 @@ def test_check_sums_up_a_good_config(tmp_path: Path, capsys: pytest.CaptureFixtu
     file.write_text(CONFIG)
     for arguments in ([str(file)], ["--config", str(file)], [str(file), "--config", str(file)]):
         assert cli.main(["check", *arguments]) == 0
-        assert capsys.readouterr().out.startswith(f"{file}: 1 uplink, 1 policy")
+        assert capsys.readouterr().out.startswith(f"{file} is valid: 1 uplink, 1 policy")
     assert cli.main(["check", str(file), "--config", "other"]) == 2
 
 
@@ -450,7 +462,7 @@ def test_check_names_metered_uplinks_and_says_what_the_rules_cost(
     file.write_text(CONFIG.replace('"eth0"', '"eth0"\nmetered = true'))
     assert cli.main(["check", str(file)]) == 0
     assert capsys.readouterr().out == (
-        f"{file}: 1 uplink (fiber metered), 1 policy, 13 rules over both families: "
+        f"{file} is valid: 1 uplink (fiber metered), 1 policy, 13 rules over both families: "
         "a forwarded packet walks at most 7 of them, about 120 ns\n"
     )
 

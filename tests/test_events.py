@@ -118,6 +118,13 @@ def test_policies_of_a_paused_daemon_neither_fail_over_nor_begin() -> None:
     assert down.kind == "uplink-down"
 
 
+def test_what_a_reload_moves_has_neither_failed_nor_healed() -> None:
+    swapped = with_camera(via=("lte", "fiber"), active="lte")
+    assert list(events.between(NOW, swapped)) == list(events.between(swapped, NOW)) == []
+    blackhole = with_camera(active=None, state="fallback", fallback="blackhole")
+    assert list(events.between(NOWHERE, blackhole)) == []
+
+
 def test_an_event_names_the_interface_that_traffic_takes_now() -> None:
     (over,) = events.between(NOW, OVER)
     (nowhere,) = events.between(NOW, NOWHERE)

@@ -62,10 +62,36 @@ def test_drain_says_whether_live_connections_stay(lab: Lab, daemon: StartDaemon)
     assert said(pbrd, "drain", "lte") == ["lte is drained; it was down (no-carrier) before"]
 
 
+def test_a_drained_uplink_is_drained_since_then_and_named_at_a_start(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, HEAD + PROBE + UPLINKS + POLICIES)
+    eventually(lambda: all_up(pbrd))
+    times = [pbrd.uplink("lte")["since"]]
+    for command, state in (("drain", "drained"), ("undrain", "up"), ("drain", "drained")):
+        said(pbrd, command, "lte")
+        assert pbrd.uplink("lte")["state"] == state
+        times.append(pbrd.uplink("lte")["since"])
+    assert times == sorted(set(times))
+    assert "still drained" not in pbrd.log
+    pbrd.stop()
+    pbrd.restart()
+    eventually(lambda: "lte is still drained; `pbrd undrain lte` puts it back" in pbrd.log)
+
+
+def test_an_uplink_that_answers_again_waits_for_rise(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, HEAD + PROBE.replace("rise = 3", "rise = 1000") + UPLINKS + POLICIES)
+    eventually(lambda: all_up(pbrd))
+    lab.carrier(0, False)
+    eventually(lambda: pbrd.policy("default")["reason"] == "fiber is down (no-carrier)")
+    lab.carrier(0, True)
+    waiting = "fiber is down (answers again, but not yet for `rise` rounds)"
+    eventually(lambda: pbrd.policy("default")["reason"] == waiting)
+    assert pbrd.uplink("fiber")["reason"] == "probes"
+
+
 def test_flush_names_the_kill_switches_that_it_opens(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, HEAD + PROBE + UPLINKS + POLICIES)
     warning = "warning: the kill switch of camera is open now: its packets go by the main table\n"
-    assert pbrd.command("flush").stderr.endswith(warning)
+    assert pbrd.command("flush").stderr == warning + "the daemon is paused until `pbrd reload`\n"
     assert "paused: pbrd let go of the kernel at " in pbrd.command("status").stdout
     since = pbrd.status()["paused_since"]
     assert said(pbrd, "drain", "lte") == ["lte will be drained when pbrd takes over again"]
