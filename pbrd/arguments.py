@@ -107,6 +107,8 @@ def _add_plan(commands: Commands) -> None:
         metavar="FILE",
         help=f"what a reload with it would change (default: with the config in force, else {CONFIG_FILE})",
     )
+    about = "and the text of the nftables table, if it is added or replaced"
+    added.add_argument("-v", "--verbose", action="store_true", help=about)
 
 
 def _add_status(commands: Commands) -> None:

@@ -139,17 +139,49 @@ def _print_conflicts(config: Any) -> None:
 
 def plan(arguments: Arguments) -> int:
     """`pbrd plan`: asks the daemon, or without one works out what its start would do."""
-    parameters = {"config": os.path.abspath(arguments.config)} if arguments.config else {}
+    asked = {"table": True} if arguments.verbose else {}
     try:
-        steps = call(arguments.runtime_dir, "Plan", parameters, timeout=LONG)["steps"]
+        answer = call(arguments.runtime_dir, "Plan", asked, timeout=LONG)
     except NotRunning:
         _need_net_admin("plan without a running daemon")
-        from pathlib import Path
+        answer = _plan_file(arguments, {})
+    else:
+        if arguments.config:
+            _need_net_admin("plan with another config")
+            answer = _plan_file(arguments, answer)
+    changes = _print_lines(answer["steps"], "nothing to change")
+    if arguments.verbose and any(step.startswith("nft ") for step in answer["steps"]):
+        _say(answer.get("table", "").rstrip())
+    for remark in answer.get("remarks", ()):
+        sys.stdout.flush()
+        _say(f"warning: {remark}", sys.stderr)
+    return ATTENTION if changes else DONE
 
-        from pbrd import offline
 
-        steps = offline.plan(Path(arguments.config or CONFIG_FILE))
-    return ATTENTION if _print_lines(steps, "nothing to change") else DONE
+def _plan_file(arguments: Arguments, known: dict[str, Any]) -> dict[str, Any]:
+    """Work out what a config file would change; the confined daemon of a service may be unable to read it.
+
+    `known` is the daemon's answer, {} without one. One in another network namespace must do it itself.
+    """
+    from pathlib import Path
+
+    from pbrd import offline
+    from pbrd.paths import standings_of
+
+    file = arguments.config or CONFIG_FILE
+    if known and _is_elsewhere(call(arguments.runtime_dir, "Status")["pid"]):
+        asked = {"config": os.path.abspath(file)} | ({"table": True} if arguments.verbose else {})
+        return dict(call(arguments.runtime_dir, "Plan", asked, timeout=LONG))
+    steps, table = offline.plan(Path(file), standings_of(known.get("standings", ())))
+    return {"steps": steps, "table": table}
+
+
+def _is_elsewhere(pid: int) -> bool:
+    """Say whether a process is in another network namespace than we are."""
+    try:
+        return not os.path.samefile(f"/proc/{pid}/ns/net", "/proc/self/ns/net")
+    except OSError:
+        return False
 
 
 def status(arguments: Arguments) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pbrd import __version__, changes, config, control, drains, events, names, offline, remarks, systemd
+from pbrd import __version__, changes, control, drains, events, names, offline, remarks, sources, systemd
 from pbrd.drift import Drift
 from pbrd.errors import ConfigError, ControlError, KernelError, PbrdError
 from pbrd.judge import Judge
@@ -49,7 +49,7 @@ class Daemon:
 
     def __init__(self, path: Path, runtime_dir: Path, state_dir: Path, log: Any) -> None:
         self.path, self.runtime_dir, self.log = path, runtime_dir, log
-        self.config = config.load(path)
+        self.config, self.sources = sources.load(path)
         originals = offline.originals(runtime_dir, state_dir)
         self.kernel = Kernel(self.config, originals)
         self.drains = state_dir / "drained.json"
@@ -274,23 +274,30 @@ class Daemon:
     def answer_plan(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Say what would change now, or by a reload with another file."""
         if parameters.get("config"):
-            return {"steps": offline.plan(Path(parameters["config"]), self.paths.standings())}
+            steps, table = offline.plan(Path(parameters["config"]), self.paths.standings())
+            return {"steps": steps, "table": table if parameters.get("table") else ""}
         self.kernel.changes.everything = True
         self.kernel.read()
         self.wake()
-        return self.known_plan()
+        return self.known_plan(parameters)
 
-    def known_plan(self, _: dict[str, Any] | None = None) -> dict[str, Any]:
+    def known_plan(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Say what would change now as far as we know: who isn't root can't have the kernel read."""
         steps = diff(self.kernel.state(), self.target()).lines()
-        return {"steps": [*steps, *table_steps(self.netfilter.applied, self.netfilter.text)]}
+        text = self.netfilter.text
+        return {
+            "steps": [*steps, *table_steps(self.netfilter.applied, text)],
+            "table": text if asked.get("table") else "",
+            "remarks": remarks.unread(str(self.path), sources.changed(self.path, self.sources)),
+            "standings": self.paths.rows(),
+        }
 
     async def reload(self, _: dict[str, Any] | None = None) -> dict[str, Any]:
         """Take the config anew. Raises ConfigError, and then nothing has changed."""
         systemd.reloading()
         try:
             async with self.one_reload:  # thousands of policies take a while to read
-                fresh, old = await asyncio.to_thread(config.load, self.path), self.config
+                (fresh, read), old = await asyncio.to_thread(sources.load, self.path), self.config
                 try:
                     changed = await self.take_over(fresh)
                 except KernelError:  # such as nft that is not there: nothing may be half applied
@@ -302,6 +309,7 @@ class Daemon:
             raise
         finally:
             systemd.notify("READY=1")
+        self.sources = read
         self.report.reloaded(changed)
         different = changes.between(old, fresh)
         return {"changed": changed, "config": different, "generation": self.report.generation}

@@ -20,8 +20,8 @@ from pbrd.sysctl import Originals
 SYSCTLS = "sysctls.json"  # in the runtime directory: the values before pbrd
 
 
-def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]:
-    """Return what a start with the config at `path` would change in the kernel; changes nothing.
+def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> tuple[list[str], str]:
+    """Return what a start with the config at `path` would change in the kernel, and its nftables table.
 
     `running` are the standings in a running daemon, for the uplinks that it knows.
     """
@@ -45,7 +45,7 @@ def plan(path: Path, running: Mapping[Key, Standing] | None = None) -> list[str]
             judge.judge_anew()
         target = desired(judge.current, kernel.families, links, hops, standings, judge.block)
         steps = diff(current, target).lines()
-        return [*steps, *table_steps(held, judge.text(standings))]
+        return [*steps, *table_steps(held, judge.text(standings))], judge.text(standings)
     finally:
         kernel.close()
 

@@ -4,6 +4,8 @@ No clock and no I/O: links and default routes are handed in with the moment at w
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from pbrd.health import Health, Reason, State
 from pbrd.objects import DefaultRoute, Key, Link, NextHop, Standing
@@ -89,6 +91,21 @@ class Paths:
             key: Standing(health.usable, health.preferred, key[0] in self.drained)
             for key, health in self.healths.items()
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return `standings` as the control socket tells them."""
+        return [
+            {"uplink": key[0], "family": int(key[1]), **asdict(standing)}
+            for key, standing in self.standings().items()
+        ]
+
+
+def standings_of(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Standing]:
+    """Return what `Paths.rows` said."""
+    return {
+        (row["uplink"], Family(row["family"])): Standing(row["usable"], row["preferred"], row["drained"])
+        for row in rows
+    }
 
 
 def _state(standing: Standing | None) -> State:

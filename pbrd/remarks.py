@@ -47,6 +47,15 @@ def undrained(name: str, was: bool, after: Snapshot) -> tuple[str, ...]:
     return (f"{name} is back in service: new connections may take it",)
 
 
+def unread(path: str, files: Sequence[str]) -> tuple[str, ...]:
+    """Return that `files` of the config at `path` are not as they were read, and what shows their plan."""
+    if not files:
+        return ()
+    verb = "was" if len(files) == 1 else "were"
+    what = f"{_listed(files)} {verb} changed since the config was read"
+    return (f"{what}; for what a reload would do: pbrd plan --config {path}",)
+
+
 def opened(config: Config) -> tuple[str, ...]:
     """Return which kill switches of `config` are open without rules in the kernel."""
     names = [policy.name for policy in config.all_policies if policy.fallback in KILL_SWITCHES]

@@ -397,10 +397,20 @@ def test_plan_without_changes_is_0(fake: Daemon, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out == "nothing to change\n"
 
 
-def test_plan_names_the_config_by_its_full_path(fake: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(fake.runtime)
-    assert cli.main(["plan", "--config", "new.toml", "--runtime-dir", str(fake.runtime)]) == 0
-    assert fake.asked == [("Plan", {"config": str(fake.runtime / "new.toml")})]
+def test_plan_reads_another_config_itself(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    file = fake.runtime / "new.toml"
+    file.write_text("[uplinks.a]\n")
+    assert cli.main(["plan", "--config", str(file), "--runtime-dir", str(fake.runtime)]) == 78
+    assert f"{file}: uplinks.a" in capsys.readouterr().err
+    assert ("Plan", {"config": str(file)}) not in fake.asked
+
+
+def test_plan_shows_the_table_and_what_to_mind(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["nft   add table inet pbrd (2 lines)"]
+    fake.answers["Plan"] = {"steps": steps, "table": "table\n{}\n", "remarks": ["mind"]}
+    assert cli.main(["plan", "-v", "--runtime-dir", str(fake.runtime)]) == 4
+    assert fake.asked == [("Plan", {"table": True})]
+    assert capsys.readouterr() == (steps[0] + "\ntable\n{}\n", "warning: mind\n")
 
 
 def test_reload_prints_what_changed(fake: Daemon, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ PURE = frozenset({
 })  # fmt: skip
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
     ("pure", PURE),
-    ("file", frozenset({"statefile"})),
+    ("file", frozenset({"statefile", "sources"})),
     # bytes to values and back; no I/O
     ("codec", frozenset({"rtnetlink", "linkinfo", "varlink", "elements"})),
     # bytes in and out; the shells know what they mean

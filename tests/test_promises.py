@@ -305,6 +305,23 @@ def test_plan_says_what_a_start_would_do_and_nothing_once_it_runs(lab: Lab, daem
     assert "11000" not in lab.run(lab.router, "ip", "rule").stdout
 
 
+def test_plan_says_that_the_config_was_changed_and_plans_the_file(lab: Lab, daemon: StartDaemon) -> None:
+    pbrd = daemon(lab, HEAD + CONFIG)
+    assert pbrd.command("drain", "fiber").returncode == 0
+    assert pbrd.command("plan").stderr == ""
+    assert pbrd.command("plan", "--config", str(pbrd.config)).stdout == "nothing to change\n"
+    pbrd.config.write_text((HEAD + CONFIG).replace('via = ["lte"]', 'via = ["fiber", "lte"]', 1))
+    plan = pbrd.command("plan")
+    assert plan.stdout == "nothing to change\n"
+    assert plan.stderr.endswith(f"for what a reload would do: pbrd plan --config {pbrd.config}\n")
+    for change in (pbrd.config.parent / "conf.d" / "more.toml", pbrd.config):
+        change.parent.mkdir(exist_ok=True)
+        change.write_text(HEAD + CONFIG if change == pbrd.config else "[default]\nvia = ['lte']\n")
+    assert "more.toml" in pbrd.command("plan").stderr
+    assert pbrd.command("reload").returncode == 0
+    assert pbrd.command("plan").stderr == ""
+
+
 def test_exit_codes_without_a_daemon_and_with_a_second_one(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, HEAD + CONFIG)
     state = str(pbrd.config.parent / "state2")
