@@ -15,6 +15,7 @@ from typing import Any
 
 from pbrd import journalreader
 from pbrd.client import call, follow
+from pbrd.document import did_you_mean
 from pbrd.errors import ControlError, NotRunning
 from pbrd.events import IDS, from_journal
 from pbrd.printable import printable, to_json
@@ -76,6 +77,7 @@ def show(runtime_dir: str, wanted: Wanted, *, as_json: bool, colour: bool) -> in
     """Print what is wanted; return 0. Raises NotRunning if there is neither a journal nor a daemon."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     found = _source(runtime_dir, wanted)
+    _remark_unknown(runtime_dir, wanted.uplink)
     try:
         if as_json:
             for event in found:
@@ -86,6 +88,17 @@ def show(runtime_dir: str, wanted: Wanted, *, as_json: bool, colour: bool) -> in
         if not wanted.follow:
             raise
     return 0
+
+
+def _remark_unknown(runtime_dir: str, uplink: str) -> None:
+    """Say if no uplink has that name now; its events are shown all the same, as it may have had it once."""
+    if not uplink:
+        return
+    with suppress(ControlError):
+        known = [one["name"] for one in call(runtime_dir, "Status")["uplinks"]]
+        if uplink not in known:
+            nearest = did_you_mean(uplink, known)
+            print(f'pbrd: no uplink is called "{printable(uplink)}" now{nearest}', file=sys.stderr)
 
 
 def since(text: str) -> datetime:

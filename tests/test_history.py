@@ -124,6 +124,9 @@ def test_an_event_of_the_daemon_shows_its_sentence_in_one_line(monkeypatch: pyte
 
 def test_a_wrong_moment_is_told_and_a_wrong_number_is_wrong_usage(lab: Lab, daemon: StartDaemon) -> None:
     pbrd = daemon(lab, CONFIG)
+    unknown = pbrd.command("events", "--uplink", "fibre")
+    assert unknown.returncode == 0
+    assert 'no uplink is called "fibre" now (did you mean "fiber"?)' in unknown.stderr
     told = pbrd.command("events", "--since", "soon")
     assert (told.returncode, told.stdout) == (2, "")
     assert told.stderr.startswith("pbrd: 'soon' is no point in time; write one as")
