@@ -195,6 +195,19 @@ def test_it_starts_though_its_state_directory_cannot_be_there(make_box: MakeBox,
     assert ("drained uplinks are not written down" in service.log) == (disk == "read-only")
 
 
+@pytest.mark.parametrize("folder", ["/tmp", "/root"])
+def test_plan_reads_a_config_where_the_service_sees_none(make_box: MakeBox, lab: Lab, folder: str) -> None:
+    service = start(make_box, lab)
+    service.wait_up()
+    file = f"{folder}/new.toml"
+    service.box.enter(["cp", "/etc/pbrd/pbrd.toml", file])
+    same = service.box.enter(["pbrd", "plan", "--config", file])
+    assert (same.stdout, same.stderr) == ("nothing to change\n", "")
+    service.box.enter(["sed", "-i", 's/via = ."fiber".$/via = ["lte"]/', file])
+    other = service.box.enter(["pbrd", "plan", "--config", file], check=False)
+    assert (other.returncode, other.stderr) == (4, "")
+
+
 def test_what_the_service_cannot_read_is_said_by_check_and_by_itself(make_box: MakeBox, lab: Lab) -> None:
     service = start(make_box, lab)
     box = service.box
