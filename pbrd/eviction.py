@@ -101,7 +101,7 @@ def cover(
 
 
 def stranded(before: Mapping[Key, Standing], after: Mapping[Key, Standing]) -> list[Key]:
-    """Return what has gone down while another uplink of the family takes its connections, or can from now on."""
+    """Return what is down and whose connections another uplink of the family can take, just now or newly."""
     took, takes = (
         {key[1] for key, s in them.items() if s.usable and not s.drained} for them in (before, after)
     )

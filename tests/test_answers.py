@@ -143,3 +143,36 @@ def test_what_a_specific_route_sends_by_an_uplink_without_nat_is_left_alone(
                 )  # the sweeps for what lost its NAT come a tenth of a second and a second later
                 peer.sendall(b"data")
                 assert client.recv(4) == b"data"
+
+
+@pytest.mark.parametrize("fault", ["carrier", "silence"])
+def test_a_busy_flow_moves_from_an_uplink_without_nat_to_one_with_it(
+    lab: Lab, daemon: StartDaemon, fault: str
+) -> None:
+    """A packet between the loss of the route and the eviction must not hide the connection from it."""
+    uplinks = UPLINKS.replace('"lte"', '"lte"\nnat = true')
+    pbrd = daemon(lab, HEAD + PROBE + uplinks + DEFAULT)
+    eventually(lambda: all_up(pbrd))
+    masqueraded = lab.counter(f"ip saddr {lab.uplinks[1].address} meta l4proto udp")
+    stream = lab.traffic(rate=500)
+    time.sleep(2)  # the sweeps of the start are over, but for one a minute
+    getattr(lab, fault)(0, fault == "silence")
+    eventually(lambda: pbrd.uplink("fiber")["state"] == "down")
+    eventually(lambda: masqueraded.read()["lte"] > 20, within=4)
+    stream.stop()
+
+
+def test_what_waited_for_an_uplink_goes_on_by_the_first_that_heals(lab: Lab, daemon: StartDaemon) -> None:
+    uplinks = UPLINKS.replace('"lte"', '"lte"\nnat = true')
+    pbrd = daemon(lab, HEAD + PROBE + uplinks + DEFAULT)
+    eventually(lambda: all_up(pbrd))
+    masqueraded = lab.counter(f"ip saddr {lab.uplinks[1].address} meta l4proto udp")
+    stream = lab.traffic(rate=200)
+    lab.silence(1)
+    eventually(lambda: pbrd.uplink("lte")["state"] == "down")
+    lab.silence(0)
+    eventually(lambda: pbrd.uplink("fiber")["state"] == "down")
+    lab.silence(1, False)
+    eventually(lambda: pbrd.uplink("lte")["state"] in ("up", "recovering"))
+    eventually(lambda: masqueraded.read()["lte"] > 20, within=4)
+    stream.stop()

@@ -77,7 +77,7 @@ def flood(lab: Lab, source: str, target: str) -> Iterator[None]:
     ("source", "target"), [(LAN[2], TARGETS[0]), (LAN6[2], TARGETS6[0])], ids=["ipv4", "ipv6"]
 )
 @pytest.mark.parametrize("after", [LAST, MORE], ids=["as many", "more"])
-@pytest.mark.parametrize("how", ["reload", "stop", "kill"])
+@pytest.mark.parametrize("how", ["reload", "stop", "kill", "rules gone"])
 def test_a_kill_switch_holds_for_live_connections(
     lab: Lab, daemon: StartDaemon, how: str, after: str, source: str, target: str
 ) -> None:
@@ -90,10 +90,16 @@ def test_a_kill_switch_holds_for_live_connections(
             assert pbrd.reload(after).returncode == 0
         else:
             pbrd.stop(SIGTERM if how == "stop" else SIGKILL)
+            if (
+                how == "rules gone"
+            ):  # networkd was restarted meanwhile; this opens the kill switch until the start
+                for version in ("-4", "-6"):
+                    lab.run(lab.router, "ip", version, "rule", "flush", "protocol", "112")
             pbrd.config.write_text(after)
             pbrd.restart()
+        before = leaks.read()["fiber"] if how == "rules gone" else 0
         time.sleep(0.5)
-    assert leaks.read()["fiber"] == 0
+    assert leaks.read()["fiber"] == before
 
 
 def test_a_kill_in_the_midst_of_reloads_leaks_nothing(lab: Lab, daemon: StartDaemon) -> None:
