@@ -9,10 +9,11 @@ import errno
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
 from ipaddress import ip_address
 
+from pbrd import rtnetlink
 from pbrd.errors import KernelError
 from pbrd.netlink import HEADER, Requests
 from pbrd.settings import Address, Family, Network
@@ -22,6 +23,7 @@ NETLINK_SOCK_DIAG, NETLINK_NETFILTER = 4, 12
 # linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
 IPCTNL_MSG_CT_DELETE = 1 << 8 | 2
 CTA_MARK, CTA_MARK_MASK = 8, 21
+NOWHERE = -1
 HONOUR_FAMILY = 1  # nfgenmsg.version: with 0 a deletion by filter takes both families along (Linux 5.3)
 # linux/sock_diag.h, inet_diag.h
 SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
@@ -84,8 +86,13 @@ class Conntrack:
             self.evict(None if len(wanted) == len(Family) else min(wanted), value, mask)
 
 
-def destroy_sockets(addresses: Iterable[Address], neighbours: Iterable[Network] = ()) -> int:
+def destroy_sockets(
+    addresses: Iterable[Address], neighbours: Iterable[Network] = (), uplinks: Collection[int] = ()
+) -> int:
     """End this host's TCP connections from any of `addresses`, but not to `neighbours`; return how many.
+
+    With the interfaces (numbers) of all `uplinks`, only those that leave by one of them, or nowhere: who
+    connects to the address from the LAN is not concerned.
 
     Their programs get ECONNABORTED at once, instead of waiting a quarter of an hour for a dead uplink.
     Connected sockets and those that are connecting, IPv4 ones of either socket family; never listening
@@ -98,7 +105,8 @@ def destroy_sockets(addresses: Iterable[Address], neighbours: Iterable[Network] 
                 request
                 for address in addresses
                 if not address.is_link_local
-                for request in _destructions(requests, address, tuple(neighbours))
+                for peer, request in _destructions(requests, address, tuple(neighbours))
+                if not uplinks or _way(peer, address) in {*uplinks, NOWHERE}
             ]
             refusals = requests.transact(found)
     except KernelError as error:
@@ -108,8 +116,10 @@ def destroy_sockets(addresses: Iterable[Address], neighbours: Iterable[Network] 
     return refusals.count(None)  # the others have ended by themselves, or we may not
 
 
-def _destructions(requests: Requests, address: Address, neighbours: tuple[Network, ...]) -> Iterator[bytes]:
-    """Yield the requests that end what has `address`; dual-stack sockets are IPv6 with an IPv4 one."""
+def _destructions(
+    requests: Requests, address: Address, neighbours: tuple[Network, ...]
+) -> Iterator[tuple[Address, bytes]]:
+    """Yield peers, and requests that end what has `address`; dual-stack sockets are IPv6 with an IPv4 one."""
     families = (Family.IPV4, Family.IPV6) if address.version == 4 else (Family.IPV6,)
     for family in families:
         for message in requests.dump(_socket_dump(family, address)):
@@ -117,7 +127,20 @@ def _destructions(requests: Requests, address: Address, neighbours: tuple[Networ
             peer = getattr(peer, "ipv4_mapped", None) or peer
             near = any(peer in network for network in neighbours if network.version == peer.version)
             if message[17] in (ESTABLISHED, SYN_SENT) and not near:
-                yield _diag(SOCK_DESTROY, NLM_F_ACK, family, 0, message[DIAG_ID])
+                yield peer, _diag(SOCK_DESTROY, NLM_F_ACK, family, 0, message[DIAG_ID])
+
+
+def _way(peer: Address, address: Address) -> int:
+    """Return the number of the interface by which a packet from `address` leaves to `peer`, or NOWHERE."""
+    family = Family.IPV4 if peer.version == 4 else Family.IPV6
+    try:
+        with closing(Requests()) as routes:
+            for kind, _, message in routes.answers(rtnetlink.route_lookup(family, peer, address)):
+                if kind == rtnetlink.RTM_NEWROUTE:
+                    return rtnetlink.interface_of(message)
+    except KernelError:  # unreachable, or the address is gone
+        pass
+    return NOWHERE
 
 
 def _socket_dump(family: Family, address: Address) -> bytes:

@@ -46,6 +46,7 @@ class Netfilter:
         self.judged: dict[Key, Standing] = {}  # the standings by which connections were last ended
         self.queue: list[tuple[Family, int, int]] = []  # evictions
         self.dead: list[tuple[tuple[Address, ...], tuple[Network, ...]]] = []
+        self.ways: set[int] = set()  # interfaces of uplinks, by number
         self.addresses: dict[tuple[str, Family], tuple[LinkAddress, ...]] = {}  # the last ones of interfaces
         self.swept: tuple[Config, int] | None = None  # the policies since when `_sweep` has been at work
         self.sweeping: asyncio.TimerHandle | None = None
@@ -184,6 +185,8 @@ class Netfilter:
             for family in Family:
                 if mine := tuple(a for a in link.addresses if a.local.version == family.version):
                     self.addresses[link.name, family] = mine
+        names = {uplink.interface for uplink in judge.config.uplinks}
+        self.ways |= {link.index for link in links.values() if link.name in names}
         stale, judge.stale = judge.stale, []
         self.evict(stale)
         self.evict(evictions(judge.current, judge.block, before, standings))
@@ -227,7 +230,7 @@ class Netfilter:
             try:
                 await self.conntrack.evict_beside(queue)
                 for addresses, neighbours in dead:
-                    await asyncio.to_thread(destroy_sockets, addresses, neighbours)
+                    await asyncio.to_thread(destroy_sockets, addresses, neighbours, frozenset(self.ways))
             except KernelError as error:
                 self.log.warning("connections are not evicted", reason=str(error))
 

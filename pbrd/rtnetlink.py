@@ -66,6 +66,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 FLAGS = {Verb.ADD: NLM_F_CREATE | NLM_F_EXCL, Verb.REPLACE: NLM_F_CREATE | NLM_F_REPLACE, Verb.DELETE: 0}
 
+RTA_DST, RTA_SRC, RTA_OIF = 1, 2, 4
 IFF_UP = 1
 IFLA_IFNAME, IFLA_CARRIER = 3, 33
 HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
@@ -155,6 +156,26 @@ def _rule_attributes(rule: Rule) -> tuple[tuple[str, object], ...]:
         ("FRA_SUPPRESS_PREFIXLEN", rule.suppress_prefixlength),
         ("FRA_GOTO", rule.goto or None),
     )
+
+
+def route_lookup(family: Family, destination: Address, source: Address) -> bytes:
+    """Return the request for the route that a packet of this host takes."""
+    bits = destination.max_prefixlen
+    body = struct.pack("=BBBBBBBBI", family, bits, bits, 0, 0, 0, 0, 0, 0)
+    for kind, address in ((RTA_DST, destination), (RTA_SRC, source)):
+        body += ATTRIBUTE.pack(4 + len(address.packed), kind) + address.packed
+    return HEADER.pack(16 + len(body), RTM_GETROUTE, NLM_F_REQUEST, 0, 0) + body
+
+
+def interface_of(message: bytes) -> int:
+    """Return the number of the interface that an RTM_NEWROUTE leads out by; 0 if it names none."""
+    offset = 28
+    while offset + 8 <= len(message):
+        length, kind = ATTRIBUTE.unpack_from(message, offset)
+        if kind == RTA_OIF:
+            return int.from_bytes(message[offset + 4 : offset + 8], sys.byteorder)
+        offset += max(4, length + 3 & ~3)
+    return 0
 
 
 def link_dump(index: int = 0) -> bytes:

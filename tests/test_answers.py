@@ -176,3 +176,20 @@ def test_what_waited_for_an_uplink_goes_on_by_the_first_that_heals(lab: Lab, dae
     eventually(lambda: pbrd.uplink("lte")["state"] in ("up", "recovering"))
     eventually(lambda: masqueraded.read()["lte"] > 20, within=4)
     stream.stop()
+
+
+def test_who_connects_from_the_lan_to_the_address_of_a_dead_uplink_is_not_cut_off(
+    lab: Lab, daemon: StartDaemon
+) -> None:
+    """An administrator by SSH, who uses the public name."""
+    pbrd = daemon(lab, HEAD + PROBE + NAT + DEFAULT)
+    eventually(lambda: all_up(pbrd))
+    address = lab.uplinks[0].address
+    with served(lab, lab.router, address, 22) as server:
+        client = connected(lab, lab.lan, LAN[0], address, 22)
+        peer, _ = server.accept()
+        with client, peer:
+            lab.silence(0)
+            eventually(lambda: pbrd.uplink("fiber")["state"] == "down")
+            time.sleep(0.5)
+            assert talks(client, peer)
