@@ -37,7 +37,7 @@ from pbrd.document import (
     unknown,
 )
 from pbrd.errors import ConfigError
-from pbrd.policies import Lookup, ReadText, Surroundings, read_default, read_policy
+from pbrd.policies import Lookup, ReadText, Surroundings, keys_among, read_default, read_policy
 from pbrd.settings import Config, Daemon, Failback, OnStop, Policy, Uplink
 from pbrd.uplinks import HIGHEST_TABLE, read_uplinks
 from pbrd.values import shown
@@ -200,11 +200,11 @@ def _judged(
     uplinks = read_uplinks(root, daemon, report)
     _judge_presence(root.file, uplinks, report)
     names = tuple(uplink.name for uplink in uplinks)
-    around = Surroundings(names, daemon.fwmark_mask, users, groups, read_text)
-    found = [(table, read_policy(table, around, report)) for table in policies]
+    keys = keys_among(Surroundings(names, daemon.fwmark_mask, users, groups, read_text), report)
+    found = [(table, read_policy(table, keys, report)) for table in policies]
     _judge_names(found, report)
     default = root.tables.get("default")
-    last = read_default(default, around, report) if default else None
+    last = read_default(default, keys, report) if default else None
     config = Config(daemon, uplinks, tuple(policy for _, policy in found), last)
     if not allow_unsupported:
         _report_gaps(root, config, [*found, *([(default, last)] if default and last else [])], report)

@@ -130,10 +130,11 @@ def overlay(table: Table, data: Mapping[str, Any], file: str, shape: Shape, repo
     """Merge `data` of a file over `table`, key by key in the tables that `shape` names."""
     for key, value in data.items():
         inner = shape.get(key, shape.get("*"))
-        place = below(table.place, key)
         if inner is None:
             table.cells[key] = Cell(value, file)
-        elif isinstance(value, dict):
+            continue
+        place = below(table.place, key)
+        if isinstance(value, dict):
             overlay(table.tables.setdefault(key, Table(place, file)), value, file, inner, report)
         else:
             report.add(file, place, str(wrong_type(value, f"a table [{place}]")))
@@ -217,14 +218,15 @@ def many(parse: Parser, empty: str = "") -> Parser:
 
 def choice(kind: type[StrEnum]) -> Parser:
     """Return a parser of the members of an enum."""
-    names = [member.value for member in kind]
+    members = {member.value: member for member in kind}
+    names = list(members)
     wanted = ", ".join(f'"{name}"' for name in names[:-1]) + f' or "{names[-1]}"'
 
     def parse(value: object) -> StrEnum:
         text = string(value, wanted)
-        if text not in names:
+        if text not in members:
             raise ValueError(f"{shown(value)} is no choice{did_you_mean(text, names)}; write {wanted}")
-        return kind(text)
+        return members[text]
 
     return parse
 

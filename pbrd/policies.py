@@ -43,23 +43,49 @@ class Surroundings:
     read_text: ReadText
 
 
-def read_policy(table: Table, around: Surroundings, report: Report) -> Policy:
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What reads each key: made once, for thousands of policies."""
+
+    policy: Mapping[str, Parser]
+    default: Mapping[str, Parser]
+    match: Mapping[str, Parser]
+    read_text: ReadText
+
+
+def keys_among(around: Surroundings, report: Report) -> Keys:
+    """Return the keys of policies that refer to `around`."""
+    outcome = {
+        "via": _via(around.uplinks, report),
+        "balance": _balance(around.uplinks, report),
+        "sticky": choice(Sticky),
+        "fallback": choice(Fallback),
+        "failback": choice(Failback),
+    }
+    return Keys(
+        {"name": values.name, "match": _no_table, **outcome},
+        {"name": _not_in_default, "match": _not_in_default, **outcome},
+        _match_keys(around),
+        around.read_text,
+    )
+
+
+def read_policy(table: Table, keys: Keys, report: Report) -> Policy:
     """Return one of `[[policies]]`, complete as far as it is good."""
-    found = read(table, {"name": values.name, "match": _no_table, **_outcome(around, report)}, report)
+    found = read(table, keys.policy, report)
     if "name" not in table.cells:
         report.at(table, "name", 'is missing; give the policy a name of its own, as in name = "backups"')
     if "match" in table.tables:
-        found["match"] = _read_match(table.tables["match"], around, report)
+        found["match"] = _read_match(table.tables["match"], keys, report)
     elif "match" not in table.cells:
         report.at(table, "match", "is missing; say which traffic, or use [default] for everything")
     _judge_outcome(table, report)
     return Policy(**{"name": "", **found})
 
 
-def read_default(table: Table, around: Surroundings, report: Report) -> Policy:
+def read_default(table: Table, keys: Keys, report: Report) -> Policy:
     """Return `[default]`, complete as far as it is good."""
-    refused = {"name": _not_in_default, "match": _not_in_default}
-    found = read(table, {**refused, **_outcome(around, report)}, report)
+    found = read(table, keys.default, report)
     _judge_outcome(table, report)
     return Policy(**{**found, "name": DEFAULT_POLICY})
 
@@ -71,17 +97,6 @@ def _no_table(value: object) -> None:
 
 def _not_in_default(_: object) -> None:
     raise ValueError("[default] is everything that no policy decided; leave this out, or write [[policies]]")
-
-
-def _outcome(around: Surroundings, report: Report) -> Mapping[str, Parser]:
-    """Return the keys that say what becomes of the traffic; they are the same in `[default]`."""
-    return {
-        "via": _via(around.uplinks, report),
-        "balance": _balance(around.uplinks, report),
-        "sticky": choice(Sticky),
-        "fallback": choice(Fallback),
-        "failback": choice(Failback),
-    }
 
 
 def _judge_outcome(table: Table, report: Report) -> None:
@@ -207,15 +222,15 @@ def _foreign_mark(value: object, own: int) -> Mark:
     return Mark(mark.value, mark.mask & free)
 
 
-def _read_match(table: Table, around: Surroundings, report: Report) -> Match:
-    found = read(table, _match_keys(around), report)
+def _read_match(table: Table, keys: Keys, report: Report) -> Match:
+    found = read(table, keys.match, report)
     if not table.cells.keys() - MODIFIERS:
         report.add(
             table.file, table.place, "matches everything; say which traffic, or use [default] for everything"
         )
     for key, file_key in (("from", "from_file"), ("to", "to_file")):
         if file_key in found:
-            listed = _read_prefixes(table, file_key, found[file_key], around.read_text, report)
+            listed = _read_prefixes(table, file_key, found[file_key], keys.read_text, report)
             found[key] = tuple(dict.fromkeys((*map(str, found.get(key, ())), *listed)))
         if len(found.get(key, ())) > LONG:
             found[key] = Prefixes.of(map(str, found[key]))
