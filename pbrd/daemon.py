@@ -254,7 +254,7 @@ class Daemon:
     def handlers(self) -> dict[str, control.Handler]:
         """Return what the control socket can ask for."""
         return {
-            "Status": control.Handler(lambda _: self.report.document(self.paused)),
+            "Status": control.Handler(lambda _: self.status()),
             "Monitor": control.Handler(self.sinks.monitor.look, stream=self.sinks.monitor.follow),
             "Plan": control.Handler(
                 self.answer_plan, root_parameters=frozenset({"config"}), others=self.known_plan
@@ -270,6 +270,13 @@ class Daemon:
     def request_failed(self, method: str, error: Exception) -> None:
         """Log a request that failed through a fault of ours."""
         self.log.error("control request failed", method=method, exc_info=error)
+
+    def status(self) -> dict[str, Any]:
+        """Return the document of `pbrd status`: what stands in it is in the kernel, and told."""
+        if self.awake.is_set():
+            self.awake.clear()
+            self.turn()
+        return self.report.document(self.paused)
 
     def answer_plan(self, parameters: dict[str, Any]) -> dict[str, Any]:
         """Say what would change now, or by a reload with another file."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import HEAD, PROBE, ROOT, UPLINKS, Daemon, StartDaemon, all_up, eventually
 
+from pbrd.client import call
 from pbrd.history import row
 from pbrd.lab import Lab
 
@@ -39,6 +40,21 @@ def failed_over(lab: Lab, daemon: StartDaemon) -> Daemon:
     lab.carrier(0, up=True)
     eventually(lambda: all_up(pbrd), within=15)
     return pbrd
+
+
+def test_a_state_that_the_status_shows_has_been_told(lab: Lab, daemon: StartDaemon) -> None:
+    """Else who acts on the status could change things before its event, which then never comes."""
+    pbrd = daemon(lab, CONFIG)
+    for number in range(1, 4):
+        while not all_up(pbrd):  # without a rest: the moment after the change is what counts
+            pass
+        told = [event["event"] for event in call(pbrd.runtime, "Monitor", {"history": 1000})["events"]]
+        assert told.count("uplink-up") == 2 * number
+        lab.carrier(0, up=False)
+        lab.carrier(1, up=False)
+        eventually(lambda: not any(uplink["state"] == "up" for uplink in pbrd.status()["uplinks"]))
+        lab.carrier(0, up=True)
+        lab.carrier(1, up=True)
 
 
 def test_the_past_as_json_is_whole_and_can_be_filtered(failed_over: Daemon) -> None:

@@ -109,7 +109,8 @@ def test_fallbacks(lab: Lab, daemon: StartDaemon, fallback: str, where: str | No
     assert pbrd.policy("one")["state"] == "fallback"
 
 
-def test_the_users_own_example(make_lab: MakeLab, daemon: StartDaemon) -> None:
+@pytest.mark.parametrize("nat", ["false", "true"])
+def test_the_users_own_example(make_lab: MakeLab, daemon: StartDaemon, nat: str) -> None:
     """eth0 and eth1; a local address by eth1, all else by eth0; https and a mark the other way; table 200."""
     lab = make_lab(
         (
@@ -119,7 +120,7 @@ def test_the_users_own_example(make_lab: MakeLab, daemon: StartDaemon) -> None:
     )
     daemon(
         lab,
-        """
+        f"""
         [daemon]
         names = ""
         [probe]
@@ -132,23 +133,26 @@ def test_the_users_own_example(make_lab: MakeLab, daemon: StartDaemon) -> None:
         interface = "eth1"
         gateway = "10.0.0.1"
         table = 200
+        nat = {nat}
         [[policies]]
         name = "https"
-        match = { proto = "tcp", dport = 443 }
+        match = {{ proto = "tcp", dport = 443 }}
         via = ["secondary_link", "primary"]
         [[policies]]
         name = "marked"
-        match = { fwmark = "1" }
+        match = {{ fwmark = "1" }}
         via = ["secondary_link", "primary"]
         [[policies]]
         name = "second-address"
-        match = { from = "192.168.1.100" }
+        match = {{ from = "192.168.1.100" }}
         via = ["secondary_link", "primary"]
         [default]
         via = ["primary", "secondary_link"]
         """,
     )
+    rewritten = lab.counter("ip saddr 10.0.0.5")
     assert lab.exit_of(local=True, src="192.168.1.100") == "secondary_link"
+    assert (rewritten.read()["secondary_link"] > 0) == (nat == "true")
     assert lab.exit_of(local=True, src="192.168.1.10") == "primary"
     assert lab.exit_of(local=True) == "primary"
     assert lab.exit_of(local=True, proto="tcp", dport=443) == "secondary_link"
