@@ -290,14 +290,8 @@ class Daemon:
 
     def known_plan(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Say what would change now as far as we know: who isn't root can't have the kernel read."""
-        steps = diff(self.kernel.state(), self.target()).lines()
-        text = self.netfilter.text
-        return {
-            "steps": [*steps, *table_steps(self.netfilter.applied, text)],
-            "table": text if asked.get("table") else "",
-            "remarks": remarks.unread(str(self.path), sources.changed(self.path, self.sources)),
-            "standings": self.paths.rows(),
-        }
+        unread = sources.changed(self.path, self.sources)
+        return self.report.plan(self.target(), unread, table=bool(asked.get("table")))
 
     async def reload(self, _: dict[str, Any] | None = None) -> dict[str, Any]:
         """Take the config anew. Raises ConfigError, and then nothing has changed."""

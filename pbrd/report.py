@@ -6,12 +6,12 @@ import operator
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pbrd import __version__, events, snapshot, status, systemd, tables
+from pbrd import __version__, events, remarks, snapshot, status, systemd, tables
 from pbrd.drift import Drift
 from pbrd.events import Event
 from pbrd.hooks import Hooks
@@ -19,8 +19,10 @@ from pbrd.judge import Judge
 from pbrd.kernel import Kernel
 from pbrd.log import in_journal
 from pbrd.monitor import Monitor
-from pbrd.netfilter import Netfilter
+from pbrd.netfilter import Netfilter, table_steps
+from pbrd.objects import KernelState
 from pbrd.paths import Paths
+from pbrd.plan import diff
 
 FRESH = (
     0.1  # seconds for which a document is good, unless something happens: many may ask, and it may be long
@@ -122,6 +124,20 @@ class Report:
             self._document = status.to_json(self.snapshot(paused))
             self._fresh_until, self._written_for = now + FRESH, key
         return self._document
+
+    def plan(self, target: KernelState, unread: Sequence[str], table: bool) -> dict[str, Any]:
+        """Return what `pbrd plan` shows: the steps to `target`; with `table`, nftables' text as well.
+
+        `unread` are the files of the config that have changed since they were read.
+        """
+        text = self.netfilter.text
+        steps = diff(self.kernel.state(), target).lines()
+        return {
+            "steps": [*steps, *table_steps(self.netfilter.applied, text)],
+            "table": text if table else "",
+            "remarks": remarks.unread(str(self.path), unread),
+            "standings": self.paths.rows(),
+        }
 
     def snapshot(self, paused: bool) -> status.Snapshot:
         """Return the daemon at this moment; `paused`: nothing of ours is in the kernel."""

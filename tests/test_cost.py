@@ -34,7 +34,7 @@ def test_the_counted_rules_are_those_that_the_kernel_gets(lab: Lab, daemon: Star
     daemon(lab, config)
 
     def found() -> dict[Family, int]:
-        shown = {f: lab.run(lab.router, "ip", f"-{f.version}", "rule").stdout for f in Family}
+        shown = {f: lab.run(lab.router, "ip", "-N", f"-{f.version}", "rule").stdout for f in Family}
         return {family: text.count(" proto 112") for family, text in shown.items()}
 
     counts = rule_counts(of(config))

@@ -302,7 +302,7 @@ def test_no_table_where_none_is_needed_and_flush_takes_it_away(lab: Lab, daemon:
     assert lab.exit_of() == "fiber"
     pbrd.command("flush")
     assert "inet pbrd" not in lab.nft(lab.router, "list ruleset")
-    assert "112" not in lab.run(lab.router, "ip", "rule").stdout
+    assert "112" not in lab.run(lab.router, "ip", "-N", "rule").stdout
 
 
 @families

@@ -60,8 +60,8 @@ def lines(lab: Lab, *words: str) -> list[str]:
 
 
 def rules(lab: Lab) -> dict[str, list[str]]:
-    """All rules by family: ours (protocol 112), and those of others."""
-    return {family: lines(lab, "ip", family, "rule") for family in ("-4", "-6")}
+    """All rules by family: ours (protocol 112), and those of others; by number, as names may be there."""
+    return {family: lines(lab, "ip", "-N", family, "rule") for family in ("-4", "-6")}
 
 
 def ours(lab: Lab) -> list[str]:
@@ -621,13 +621,13 @@ def test_a_rule_of_netplan_into_our_table_falls_through_when_the_uplink_is_down(
     pbrd = daemon(lab, CONFIG.replace('interface = "lte"', 'interface = "lte"\ntable = 300'))
     eventually(lambda: all_up(pbrd))
     lab.run(lab.router, "ip", "rule", "add", "from", LAN[2], "lookup", "300", "protocol", "static")
-    assert f"9999:\tfrom {LAN[2]} lookup 300 proto static" in rules(lab)["-4"]
+    assert f"9999:\tfrom {LAN[2]} lookup 300 proto 4" in rules(lab)["-4"]
     assert lab.exit_of(src=LAN[2]) == "lte"
     lab.silence(1)
     eventually(lambda: lab.exit_of(src=LAN[2]) == "fiber", within=10)
     lab.silence(1, False)
     eventually(lambda: lab.exit_of(src=LAN[2]) == "lte", within=20)
-    assert f"9999:\tfrom {LAN[2]} lookup 300 proto static" in rules(lab)["-4"]
+    assert f"9999:\tfrom {LAN[2]} lookup 300 proto 4" in rules(lab)["-4"]
     checked = pbrd.command("check", str(pbrd.config)).stderr
     assert f"table 300 is asked by a rule of others (from {LAN[2]})" in checked
 

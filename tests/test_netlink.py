@@ -77,7 +77,7 @@ def test_what_others_do_in_our_tables_is_noticed_at_once(lab: Lab, daemon: Start
     lab.ip(lab.router, "route replace 10.0.1.0/24 dev fiber table 200 proto static")
     eventually(lambda: "a foreign route stands where ours belongs" in pbrd.log)
     lab.ip(lab.router, "route del 10.0.1.0/24 dev fiber table 200")
-    shown = ("ip", "route", "show", "table", "200", "10.0.1.0/24")
+    shown = ("ip", "-N", "route", "show", "table", "200", "10.0.1.0/24")
     eventually(lambda: "proto 112" in lab.run(lab.router, *shown).stdout)
 
 

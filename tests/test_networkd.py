@@ -34,11 +34,13 @@ Metric=100
 
 
 def held(lab: Lab) -> list[str]:
-    """All of our rules and routes in the router's kernel, in the words of `ip`."""
+    """All of our rules and routes in the router's kernel; by number, as names may be there."""
     routes = ("route", "show", "table", "all", "proto", "112")
     asked = [(family, *words) for family in ("-4", "-6") for words in (("rule",), routes)]
     lines = [
-        line.strip() for words in asked for line in lab.run(lab.router, "ip", *words).stdout.splitlines()
+        line.strip()
+        for words in asked
+        for line in lab.run(lab.router, "ip", "-N", *words).stdout.splitlines()
     ]
     return sorted(line for line in lines if not re.search(r"^\d+:(?!.*proto 112)", line))
 

@@ -323,8 +323,8 @@ def dpkg(box: Box, *arguments: str) -> str:
 def kernel(lab: Lab) -> str:
     """Rules, routes, nftables and the sysctls that pbrd may touch, as the tools show them."""
     show = (
-        "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; nft list ruleset; "
-        "sysctl -a 2>/dev/null -r 'rp_filter|linkdown|src_valid_mark'"
+        "ip -N rule; ip -N -6 rule; ip -N route show table all; ip -N -6 route show table all; "
+        "nft list ruleset; sysctl -a 2>/dev/null -r 'rp_filter|linkdown|src_valid_mark'"
     )
     return re.sub(r"expires \d+sec", "", lab.run(lab.router, "sh", "-c", show).stdout)
 

@@ -158,7 +158,7 @@ def test_the_users_own_example(make_lab: MakeLab, daemon: StartDaemon, nat: str)
     assert lab.exit_of(local=True, proto="tcp", dport=443) == "secondary_link"
     assert lab.exit_of(local=True, proto="tcp", dport=80) == "primary"
     assert lab.exit_of(local=True, mark=1) == "secondary_link"
-    table = lab.run(lab.router, "ip", "route", "show", "table", "200").stdout
+    table = lab.run(lab.router, "ip", "-N", "route", "show", "table", "200").stdout
     assert re.match(
         r"default via 10\.0\.0\.1 dev eth1 proto 112\s*\n10\.0\.0\.0/24 dev eth1 proto 112 .*src 10\.0\.0\.5",
         table,

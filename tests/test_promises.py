@@ -24,14 +24,14 @@ via = ["fiber", "lte"]
 
 
 def shown(lab: Lab) -> str:
-    """All rules, routes and the uplinks' sysctls of the router."""
+    """All rules, routes and the uplinks' sysctls of the router; by number, as names may be there."""
     words = (
         ("rule",),
         ("-6", "rule"),
         ("route", "show", "table", "all"),
         ("-6", "route", "show", "table", "all"),
     )
-    lines = [lab.run(lab.router, "ip", *arguments).stdout for arguments in words]
+    lines = [lab.run(lab.router, "ip", "-N", *arguments).stdout for arguments in words]
     sysctls = lab.run(lab.router, "sh", "-c", "sysctl net.ipv4.conf net.ipv6.conf 2>/dev/null").stdout
     kept = [line for line in sysctls.splitlines() if re.search("rp_filter|linkdown|src_valid", line)]
     return "".join(lines) + "\n".join(kept)
@@ -340,7 +340,7 @@ def test_another_mask_and_other_priorities_by_reload(lab: Lab, daemon: StartDaem
     eventually(lambda: all_up(pbrd))
     stream = Leaving(lab)
     assert pbrd.reload(HEAD + "fwmark_mask = 0x00f00000\nrule_priority = 2000\n" + CONFIG).returncode == 0
-    rules = lab.run(lab.router, "ip", "rule").stdout
+    rules = lab.run(lab.router, "ip", "-N", "rule").stdout
     assert "fwmark 0xf00000/0xf00000" in rules
     assert not [line for line in rules.splitlines() if line.startswith("1") and "proto 112" in line]
     time.sleep(1)
