@@ -99,13 +99,13 @@ class Daemon:
     async def work(self, server: control.Server) -> None:
         """Take over the kernel, and keep it until SIGTERM."""
         loop = asyncio.get_running_loop()
-        loop.add_reader(self.kernel.listen(), self.wake)
-        with contextlib.suppress(KernelError):  # a kernel without nftables: fine until it is needed
-            loop.add_reader(self.netfilter.table.listen(), self.wake)
+        routing = self.kernel.listen()
+        self.netfilter.listen()
         for number, act in self.signals().items():
             loop.add_signal_handler(number, act)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals())  # `pbrd run` holds some back until now
         await self.take_over(self.config)
+        loop.add_reader(routing, self.wake)  # what has happened meanwhile is still there
         self.sinks.tell(events.started(__version__, str(self.path)))
         for remark in remarks.still_drained(self.config, self.paths.drained):
             self.log.warning(remark)

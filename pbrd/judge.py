@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import lru_cache
 
-from pbrd import ruleset
+from pbrd import judging, ruleset
 from pbrd.cgroups import Watch
 from pbrd.classes import classify, uses_nft
 from pbrd.classrules import lack_of_room
@@ -59,7 +59,8 @@ class Judge:
         `table` are the names of the chains in the kernel's table.
         """
         before = self.config
-        self.config = renumbered(config, adopted_numbers(config, state))
+        fresh = renumbered(config, adopted_numbers(config, state))
+        self.config = before if fresh == before else fresh  # caches know that one
         self._watch_units()
         self._minute = None
         if before == Config():
@@ -97,7 +98,7 @@ class Judge:
             self.warn("no room for the slices of uplinks", reason=reason)
             fresh = effective(self.config, now, ())
         if fresh != self.current:
-            if uses_nft(fresh) and _neutral(fresh) != _neutral(self.current):
+            if uses_nft(fresh) and _neutral(self.current) != _neutral(fresh):
                 self._next_block(fresh)
             self.current = fresh
         self.names = frozenset(policy.name for policy in fresh.all_policies)
@@ -121,7 +122,7 @@ class Judge:
         """Return the nftables table that should be in force."""
         usable = frozenset[str]()
         if any(policy.balance for policy in self.current.policies):
-            usable = ruleset.balanced(standings)
+            usable = judging.balanced(standings)
         named = _named(self.config) | _named(self.current)
         levels = {unit: self._levels[unit] for unit in sorted(named & self._levels.keys())}
         key = (self.current, self.block, levels, usable, self.tunnels)

@@ -6,6 +6,7 @@ table speaks of the new classes, packets bear the old ones.
 """
 
 import asyncio
+import contextlib
 import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -125,6 +126,19 @@ class Netfilter:
                 self.log.warning("set of a unit is not up to date", unit=unit, reason=str(error))
                 self.table.stirred = True  # try again in the next turn
                 asyncio.get_running_loop().call_later(RETRY, self.wake)
+
+    def listen(self) -> None:
+        """Hear of changes from now on; a kernel without nftables is fine until it is needed."""
+        with contextlib.suppress(KernelError):
+            asyncio.get_running_loop().add_reader(self.table.listen(), self.hear)
+
+    def hear(self) -> None:
+        """Take in that something has happened to nftables: our own changes wake nobody."""
+        try:
+            if self.table.heard():
+                self.wake()
+        except KernelError:  # the next look will find the same, and say so
+            self.wake()
 
     def look(self) -> None:
         """See whether somebody else was at our table, and have it repaired."""

@@ -117,9 +117,7 @@ class Table:
             if ours and text:
                 await self._run(self._emptied(text) + script)
             else:
-                if (
-                    ours
-                ):  # the kernel asks its chains until it is gone: so they must have nothing to say before
+                if ours:  # the kernel asks its chains until it is gone: they must have nothing to say before
                     await self._run("flush table inet pbrd\n")
                 await self._run(NO_TABLE + script)
         except BaseException:
@@ -311,6 +309,11 @@ class Table:
             return False
         answer = self.requests.dump(_request(NFT_MSG_GETGEN, b"", dump=False))[0]
         return _number(answer, NFTA_GEN_PROC_PID) == threading.get_native_id()
+
+    def heard(self) -> bool:
+        """Take the waiting events in; say whether they are a reason to look, as our own are not."""
+        self._drain()
+        return self.again or self.stirred
 
     def disturbed(self) -> bool:
         """Take the waiting events in; say whether to look again (`holds`): others may have been at our table.

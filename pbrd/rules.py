@@ -240,7 +240,7 @@ def address_rules(config: Config, family: Family, links: Mapping[str, Link]) -> 
                     yield Rule(family, first, table=uplink.table, source=source, iif="lo", fwmark=plain)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def _policy_rules(
     config: Config,
     family: Family,

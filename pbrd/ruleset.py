@@ -14,20 +14,19 @@ Only the bits of `fwmark_mask` are written, in packets and connections. Rules th
 policy which let it leave there. Classes of another `block` than the current one are judged anew.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
-from pbrd.classes import Classification, Outcome, classify, concerns, in_turn, outcomes_of, uses_nft
+from pbrd.classes import Classification, classify, uses_nft
+from pbrd.expressions import any_of
+from pbrd.judging import Levels, chain, entrances, judging_chains
 from pbrd.marks import ARRIVED, INBOUND, Marks, Numbers, marks_of, pin_of
-from pbrd.objects import Key, Standing
-from pbrd.prefixes import LONG, listing
-from pbrd.rules import ICMP, ICMPV6
-from pbrd.settings import Config, Fallback, Family, Match, Policy, Range, Sticky, Uplink
+from pbrd.settings import Config, Fallback, Uplink
 from pbrd.units import set_of
 
-SEED = 0x70627264  # of the hash that keeps a client on its uplink: the same after every restart
 BEHIND_DNAT = -90  # what leaves is judged, as by rules; and marks of others are set by then (mangle, -150)
+# While the table goes its chains are still asked, with empty maps: what they have said is void.
+STANDING = ("meta nfproto vmap { ipv4 : accept, ipv6 : accept }", "drop")
 HERE = "{ local, broadcast, multicast }"
 ND = "{ nd-router-solicit, nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert, nd-redirect }"
 
@@ -40,10 +39,9 @@ class _Writer:
     marks: Marks
     classes: Classification
     block: int  # number of the first class: that of connections which no policy matched
-    units: Mapping[str, tuple[int, ...]]  # unit → levels at which its cgroups may lie
+    units: Levels
     usable: frozenset[str]
     tunnels: tuple[int, ...]  # marks of packets that carry a tunnel: they go by the rules alone
-    sets: dict[str, str] = field(default_factory=dict)  # by name: both chains that judge share them
 
     @property
     def uplinks(self) -> list[Uplink]:
@@ -59,12 +57,16 @@ class _Writer:
     # --- chains that set marks ----------------------------------------------------------------
 
     def class_chains(self) -> Iterator[str]:
-        """`cN` gives a connection class N, `mN` a packet the class that its connection has."""
+        """`cN` gives a connection class N, `mN` a packet the class that its connection has.
+
+        No policy has a say behind a class that doesn't go on to the next one.
+        """
         keep = self.clear(self.marks.classes)
-        for place in range(len(self.classes.classes)):
+        for place, one in enumerate(self.classes.classes):
             value = self.class_(place)
             packet = f"meta mark set meta mark & {keep} | {value}"
-            yield chain(f"c{place}", packet, f"ct mark set ct mark & {keep} | {value}")
+            ends = STANDING if one.end is not Fallback.NEXT else ()
+            yield chain(f"c{place}", packet, f"ct mark set ct mark & {keep} | {value}", *ends)
             yield chain(f"m{place}", packet)
 
     def outcome_chains(self) -> Iterator[str]:
@@ -106,108 +108,6 @@ class _Writer:
                     f"ct mark & {self.marks.pins:#x} != {{ 0x0, {pin:#x} }} ct status & snat == 0 goto gone"
                 )
 
-    # --- judging ------------------------------------------------------------------------------
-
-    def decisions(self, local: bool) -> Iterator[str]:
-        """Yield a rule or a few for each policy that can match traffic of this host, or of others."""
-        for number, policy in enumerate(in_turn(self.config)):
-            if not concerns(policy.match, local):
-                continue
-            verdicts = self.verdicts(policy)
-            for family, match in self.matches(f"policy{number}", policy.match, local):
-                for only, verdict in verdicts:
-                    if None in (family, only) or family is only:
-                        yield f"{match} {verdict}".strip()
-
-    def verdicts(self, policy: Policy) -> tuple[tuple[Family | None, str], ...]:
-        """Return what follows a match, by family if need be; `goto` ends the judging."""
-        goes = "jump" if policy.fallback is Fallback.NEXT else "goto"
-        outcomes = outcomes_of(self.config, policy)
-        if not policy.balance:
-            return ((None, f"{goes} o{self.number(outcomes[0][0])}"),)
-        slots = shares(policy.balance, self.usable)
-        total = slots[-1][1].last + 1
-        numbers = {outcome.via[0]: self.number(outcome) for outcome, _ in outcomes}
-        ways = ", ".join(f"{_numbers(part)} : {goes} o{numbers[name]}" for name, part in slots)
-        if policy.sticky is Sticky.SOURCE:
-            return tuple(
-                (family, f"jhash {ip} saddr mod {total} seed {SEED:#x} vmap {{ {ways} }}")
-                for family, ip in ((Family.IPV4, "ip"), (Family.IPV6, "ip6"))
-            )
-        return ((None, f"numgen random mod {total} vmap {{ {ways} }}"),)
-
-    def number(self, outcome: Outcome) -> int:
-        return self.classes.outcomes.index(outcome)
-
-    def matches(self, name: str, match: Match, local: bool) -> Iterator[tuple[Family | None, str]]:
-        """Yield expressions of which any may hold, with their family; lists share one where they can."""
-        everywhere = [self.ports(match), *self.owners(match, local)]
-        for way in self.ways_in(match, local):
-            for family, addresses in self.address_parts(name, match):
-                for unit, mark in product(self.members(match), match.fwmark or (None,)):
-                    foreign = f"meta mark & {mark.mask:#x} == {mark.value:#x}" if mark else ""
-                    parts = (way, addresses, *everywhere, foreign, unit)
-                    yield family, " ".join(part for part in parts if part)
-
-    def members(self, match: Match) -> list[str]:
-        """Return an expression for each set of a unit and each level."""
-        return [
-            f"socket cgroupv2 level {level} @{set_of(unit)}"
-            for unit in match.unit
-            for level in self.units.get(unit, ())
-        ] or ([] if match.unit else [""])
-
-    def ways_in(self, match: Match, local: bool) -> tuple[str, ...]:
-        names = [f'"{name}"' for name in match.iif if name != "lo"]
-        return tuple(f"iifname {name}" for name in names) if names and not local else ("",)
-
-    def ports(self, match: Match) -> str:
-        protos = {p: None for proto in match.proto for p in ((ICMP, ICMPV6) if proto == ICMP else (proto,))}
-        parts = [f"meta l4proto {any_of(map(str, protos))}"] if protos else []
-        parts += [f"th sport {any_of(map(_numbers, match.sport))}"] if match.sport else []
-        parts += [f"th dport {any_of(map(_numbers, match.dport))}"] if match.dport else []
-        return " ".join(parts)
-
-    def owners(self, match: Match, local: bool) -> Iterator[str]:
-        if match.user:
-            yield f"meta skuid {any_of(map(_numbers, match.user))}"
-        if match.group:
-            yield f"meta skgid {any_of(map(_numbers, match.group))}"
-        if match.mac and not local:
-            yield f"ether saddr {any_of(match.mac)}"
-
-    def address_parts(self, name: str, match: Match) -> Iterator[tuple[Family | None, str]]:
-        """Yield one expression for each family that addresses and DSCP need apart, or an empty one."""
-        if not (match.source or match.destination or match.dscp):
-            yield None, ""
-            return
-        for family, ip in ((Family.IPV4, "ip"), (Family.IPV6, "ip6")):
-            parts = []
-            for side, networks in (("saddr", match.source), ("daddr", match.destination)):
-                mine, count, every = listing(networks, family.version)
-                if networks and not count:
-                    break
-                if every:
-                    parts.append(f"meta nfproto ipv{family.version}")
-                elif count:
-                    named = f"{name}_{side}{family.version}"
-                    parts.append(f"{ip} {side} {self.prefixes(named, family, mine, count)}")
-            else:
-                if match.dscp:
-                    parts.append(f"{ip} dscp {any_of(map(str, match.dscp))}")
-                yield family, " ".join(parts)
-
-    def prefixes(self, name: str, family: Family, elements: str, count: int) -> str:
-        """Return an anonymous set, or the name of one for a long list."""
-        if count <= LONG:
-            return elements if count == 1 else f"{{ {elements} }}"
-        kind = "ipv4_addr" if family is Family.IPV4 else "ipv6_addr"
-        if name not in self.sets:
-            self.sets[name] = (
-                f"set {name} {{ type {kind}; flags interval; auto-merge; elements = {{ {elements} }}; }}"
-            )
-        return f"@{name}"
-
     # --- hooks --------------------------------------------------------------------------------
 
     def leaving(self, local: bool) -> str:
@@ -224,11 +124,17 @@ class _Writer:
             self.restore_pin(),
             f"ct mark & {marks.classes:#x} vmap {{ {', '.join(known)} }}",
             f"meta mark set meta mark & {self.clear(marks.classes)}",
-            f"jump decide_{where}",
-            # While the table goes its chains are still asked, with empty maps: what they said is void.
-            "meta nfproto vmap { ipv4 : goto judged, ipv6 : goto judged }",
-            "drop",
+            f"goto judge_{where}",
         )
+
+    def deciding(self) -> Iterator[str]:
+        """Yield the chains that judge, and what becomes of those of whom no policy has said anything."""
+        for part in judging_chains(self.config, self.units, self.usable):
+            yield part
+            if part.startswith("chain decide_"):
+                name = part.split()[1]
+                undecided = f"meta mark & {self.marks.classes:#x} == 0x0 jump c0"
+                yield chain(name.replace("decide", "decided", 1), f"jump {name}", undecided, *STANDING)
 
     def restore_pin(self) -> str:
         pins = (f"{pin_of(self.marks, u):#x} : jump p{u.index + 1}" for u in self.uplinks)
@@ -251,7 +157,6 @@ class _Writer:
         every = marks.mask
         yield chain("gone", f"ct mark set ct mark & {self.clear(every)} | {marks.gone:#x}", "drop")
         yield chain("returned", f"iifname {self.by_interface('back')}")
-        yield chain("judged", f"meta mark & {marks.classes:#x} == 0x0 goto c0")
         yield self.leaving(local=False)
         yield self.leaving(local=True)
         yield chain("arrived", f"iifname {self.by_interface('in')}")
@@ -323,16 +228,14 @@ class _Writer:
             chain(str(Numbers(self.block, size, self.marks.mask, self.marks.pins))),
             *self.class_chains(),
             *self.outcome_chains(),
-            chain("decide_forward", *self.decisions(local=False)),
-            chain("decide_local", *self.decisions(local=True)),
+            *self.deciding(),
             *self.pin_chains(),
             *self.hooks(),
             *self.nat(),
+            *entrances(self.config),
         ]
-        units = (f"set {set_of(unit)} {{ type cgroupsv2; }}" for unit in sorted(self.units))
-        inside = "\n".join(
-            f"\t{line}" for part in (*units, *self.sets.values(), *parts) for line in part.splitlines()
-        )
+        units = (f"set {set_of(unit)} {{ type cgroupsv2; }}" for unit, _ in self.units)
+        inside = "\n".join(f"\t{line}" for part in (*units, *parts) for line in part.splitlines())
         return f"table inet pbrd {{\n{inside}\n}}\n"
 
 
@@ -352,46 +255,6 @@ def text(
     """
     if not uses_nft(config):
         return ""
-    classes = classify(config)
-    spared = tuple(sorted(tunnels))
-    return _Writer(config, marks_of(config), classes, block, units, frozenset(usable), spared).text()
-
-
-def balanced(standings: Mapping[Key, Standing]) -> frozenset[str]:
-    """Return the uplinks that take part in balancing: those that are up, in a family at least."""
-    return frozenset(name for (name, _), s in standings.items() if s.usable and s.preferred and not s.drained)
-
-
-def shares(balance: Sequence[tuple[str, int]], usable: frozenset[str]) -> tuple[tuple[str, Range], ...]:
-    """Return who gets which slots of a hash space: exactly one uplink each, in shares as the weights say.
-
-    The slots of an uplink that is not usable go to the usable others by their weights; theirs stay as they
-    were. If none is usable, everybody keeps their own.
-    """
-    present = [(name, weight) for name, weight in balance if name in usable] or list(balance)
-    rest = sum(weight for _, weight in present)
-    found: list[tuple[str, Range]] = []
-    start = 0
-    for name, weight in balance:
-        heirs = [(name, 1)] if (name, weight) in present else present
-        share = sum(part for _, part in heirs)
-        for heir, part in heirs:  # `rest` slots for each unit of weight: divisible by every heir's part
-            size = weight * rest * part // share
-            found.append((heir, Range(start, start + size - 1)))
-            start += size
-    return tuple(found)
-
-
-def chain(name: str, *rules: str) -> str:
-    """Return a chain."""
-    return f"chain {name} {{\n" + "".join(f"\t{rule}\n" for rule in rules if rule) + "}"
-
-
-def any_of(items: Iterable[str]) -> str:
-    """Return one item as it is, several as an anonymous set."""
-    listed = list(items)
-    return listed[0] if len(listed) == 1 else f"{{ {', '.join(listed)} }}"
-
-
-def _numbers(numbers: Range) -> str:
-    return str(numbers.first) if numbers.first == numbers.last else f"{numbers.first}-{numbers.last}"
+    classes, spared = classify(config), tuple(sorted(tunnels))
+    levels = tuple(sorted(units.items()))
+    return _Writer(config, marks_of(config), classes, block, levels, frozenset(usable), spared).text()

@@ -204,10 +204,18 @@ class Config:
     uplinks: tuple[Uplink, ...] = ()
     policies: tuple[Policy, ...] = ()
     default: Policy | None = None
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
 
     def __hash__(self) -> int:
-        # Configs are keys of caches in every turn of the loop, and may hold thousands of policies.
-        return hash((self.daemon, self.uplinks, len(self.policies), self.default))
+        """Return the hash of everything, worked out once.
+
+        Configs are keys of caches in every turn of the loop, and hold thousands of policies: two with the
+        same hash are compared policy by policy.
+        """
+        if not self._hash:
+            everything = hash((self.daemon, self.uplinks, self.policies, self.default))
+            object.__setattr__(self, "_hash", everything or 1)
+        return self._hash
 
     def uplink(self, name: str) -> Uplink:
         """Return the uplink called `name`; KeyError if there is none."""

@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from functools import lru_cache
 
 from pbrd.health import Health, Reason, State
+from pbrd.judging import balanced, shares
 from pbrd.objects import KernelState, Key, Link, Standing
 from pbrd.paths import Paths
 from pbrd.routing import path_fault
 from pbrd.rules import by_preference, has_family, is_drained, policy_families
-from pbrd.ruleset import balanced, shares
 from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Policy, Uplink
 from pbrd.status import (
     FamilyChoice,

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from pbrd.classes import UNDECIDED, Class, Outcome, classify
 from pbrd.config import parse
 from pbrd.eviction import cover, evictions
+from pbrd.judging import shares
 from pbrd.marks import FIRST, Marks, Numbers, marks_of, next_block, numbers_in
 from pbrd.objects import Key, Standing
-from pbrd.ruleset import shares
 from pbrd.settings import Config, Failback, Fallback, Family
 
 UP, DOWN = Standing(usable=True, preferred=True), Standing(usable=False, preferred=True)

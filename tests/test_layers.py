@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "pbrd"
 # that layer is in PEERS, and never in a circle. Modules that aren't written yet may be absent.
 PURE = frozenset({
     "errors", "prefixes", "settings", "values", "document", "uplinks", "policies", "caveats", "config",
-    "marks", "classes", "classrules", "eviction", "schedule",
+    "marks", "classes", "classrules", "judging", "expressions", "eviction", "schedule",
     "effective", "units",
     "health", "measures", "objects", "rules", "routing", "ruleset", "plan", "paths", "cost", "changes",
     "remarks",

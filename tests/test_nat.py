@@ -471,8 +471,19 @@ def leaves_by(flow: Flow, uplink: str) -> bool:
     return flow.exit(0.1) == uplink
 
 
+FROM = f'from = ["{LAN[2]}", "{LAN6[2]}"]'
+MORE = [f"10.{number}.0.0/{16 + number % 9}" for number in range(200, 217)]
+SWITCHES = {  # with sets of prefixes or ranges, which the kernel fills only after the table is live
+    "plain": FROM,
+    "few": FROM.replace("]", "".join(f', "{prefix}"' for prefix in MORE[:3]) + "]"),
+    "ports": FROM + ", proto = 'udp', sport = ['1-5', '10000-39999', '40000-59999']",
+    "long": FROM.replace("]", "".join(f', "{prefix}"' for prefix in MORE) + "]"),
+}
+
+
 @pytest.mark.parametrize("others", [0, 600])
-def test_swapped_uplinks_leak_nothing(lab: Lab, daemon: StartDaemon, others: int) -> None:
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_swapped_uplinks_leak_nothing(lab: Lab, daemon: StartDaemon, others: int, switch: str) -> None:
     """Many policies take nft a while: nobody may feel that, not even connections that begin right then."""
     macs = (f"52:54:00:00:{number >> 8:02x}:{number & 255:02x}" for number in range(others))
     many = "".join(
@@ -480,7 +491,7 @@ def test_swapped_uplinks_leak_nothing(lab: Lab, daemon: StartDaemon, others: int
         for mac in macs
     )
     fiber, lte = NAT.split("[uplinks.lte]")
-    policies = POLICIES.replace("[default]", many + "[default]")
+    policies = POLICIES.replace("[default]", many + "[default]").replace(FROM, SWITCHES[switch])
     there, swapped = (HEAD + PROBE + uplinks + policies for uplinks in (NAT, "[uplinks.lte]" + lte + fiber))
     pbrd = start(lab, daemon, there)
     leaks = lab.counter(f"ip saddr {{ {lab.uplinks[0].address}, {LAN[2]} }} udp sport 10000-59999")
