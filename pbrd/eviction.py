@@ -12,7 +12,7 @@ from pbrd.classes import Class, classify, uses_nft
 from pbrd.marks import ARRIVED, INBOUND, Marks, marks_of, pin_of
 from pbrd.objects import Key, Standing
 from pbrd.rules import by_preference, has_family, is_drained
-from pbrd.settings import MAIN, Config, Failback, Fallback, Family
+from pbrd.settings import MAIN, Config, Failback, Fallback, Family, has_nat
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,14 @@ def evictions(
 
 
 def gone(config: Config) -> tuple[Eviction, ...]:
-    """Return the connections that other policies took from an uplink without NAT to one with it.
+    """Return the connections that leave without NAT by an uplink with it: other policies moved them there.
 
-    They began without NAT and get none any more: the table marks them and drops their packets, until they
-    are evicted and begin anew. () where there can be none.
+    Or they began while the table was missing. They get no NAT any more: the table marks them and drops their
+    packets, until they are evicted and begin anew.
     """
     marks, enabled = marks_of(config), [uplink for uplink in config.uplinks if uplink.enabled]
-    found = []
-    for family in Family:
-        masked = {uplink.nat6 if family is Family.IPV6 else uplink.nat for uplink in enabled}
-        if len(masked) > 1:
-            found.append(Eviction(family, marks.gone, marks.mask))
-    return tuple(found)
+    families = (family for family in Family if any(has_nat(uplink, family) for uplink in enabled))
+    return tuple(Eviction(family, marks.gone, marks.mask) for family in families)
 
 
 def marked(marks: Marks) -> tuple[Eviction, ...]:

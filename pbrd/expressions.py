@@ -154,8 +154,8 @@ class Expressions:
             (f"{ip} dscp", map(str, match.dscp)),
             ("meta l4proto", map(str, _protocols(match))),
         )
-        for compared, values in choices:
-            if chosen := tuple((compared, value) for value in values):
+        for compared, listed in choices:
+            if chosen := tuple((compared, value) for value in listed):
                 return chosen
         return tuple((f"meta mark & {mark.mask:#x}", f"{mark.value:#x}") for mark in match.fwmark) or None
 

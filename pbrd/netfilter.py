@@ -182,6 +182,7 @@ class Netfilter:
                     raise
                 break
             self.applied = digest(text)
+            self.swept = None  # some may have begun while there was no table
             self.fill()  # what came meanwhile
             if self.table.foreign:  # others were at it meanwhile, and `look` has heard of that already
                 self.applied = self.table.holds()

@@ -21,12 +21,15 @@ from pbrd.classes import Classification, classify, uses_nft
 from pbrd.expressions import any_of
 from pbrd.judging import Levels, chain, entrances, judging_chains
 from pbrd.marks import ARRIVED, INBOUND, Marks, Numbers, marks_of, pin_of
-from pbrd.settings import Config, Fallback, Uplink
+from pbrd.settings import Config, Fallback, Family, Uplink, has_nat
 from pbrd.units import set_of
 
 BEHIND_DNAT = -90  # what leaves is judged, as by rules; and marks of others are set by then (mangle, -150)
 # While the table goes its chains are still asked, with empty maps: what they have said is void.
 STANDING = ("meta nfproto vmap { ipv4 : accept, ipv6 : accept }", "drop")
+# Bits of `ct status` (linux/netfilter/nf_conntrack_common.h): past its first packet; has got another source;
+# the kernel has decided whether it shall.
+CONFIRMED, SNAT, DECIDED = 0x8, 0x10, 0x80
 HERE = "{ local, broadcast, multicast }"
 ND = "{ nd-router-solicit, nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert, nd-redirect }"
 
@@ -88,7 +91,7 @@ class _Writer:
                 f"out{number}",
                 f"meta mark & {every:#x} == {every:#x} return",
                 f"ct mark & {self.marks.classes:#x} == {self.marks.class_(INBOUND):#x} return",
-                *self.unmasked(uplink, pin),
+                *self.unmasked(uplink),
                 # What others have bound to an uplink's address (snat) keeps the pin by which it is evicted.
                 f"ct direction original ct mark & {pins:#x} == 0x0 {repin}",
                 f"ct direction original ct mark & {pins:#x} != {pin:#x} ct status & snat == 0 {repin}",
@@ -96,17 +99,24 @@ class _Writer:
             here = f"meta mark set meta mark & {self.clear(every)} | {self.marks.class_(ARRIVED) | pin:#x}"
             yield chain(f"back{number}", here)
 
-    def unmasked(self, uplink: Uplink, pin: int) -> Iterator[str]:
-        """Drop what comes over from an uplink without NAT: the connection can't be masqueraded any more.
+    def unmasked(self, uplink: Uplink) -> Iterator[str]:
+        """Drop what leaves without NAT though the uplink has it: the kernel decides that but once.
 
-        It is marked, and evicted soon; then it begins anew here.
+        Be it that the connection comes over from an uplink without NAT, or began before this table was there.
+        It is marked, and evicted soon; then it begins anew here. What has the uplink's own address looks the
+        same masqueraded or not.
         """
-        for wanted, family in ((uplink.nat, "ipv4"), (uplink.nat6, "ipv6")):
-            if wanted:
-                yield (
-                    f"meta nfproto {family} ct direction original "
-                    f"ct mark & {self.marks.pins:#x} != {{ 0x0, {pin:#x} }} ct status & snat == 0 goto gone"
-                )
+        for family in Family:
+            if not has_nat(uplink, family):
+                continue
+            flow = f"meta nfproto ipv{family.version} ct direction original"
+            old, foreign = f"{flow} ct status &", "fib saddr type != local"
+            yield f"{old} {CONFIRMED | SNAT:#x} == {CONFIRMED:#x} {foreign} goto gone"
+            yield f"{old} {CONFIRMED | DECIDED:#x} == {CONFIRMED:#x} goto gone"
+            bare = [f"{pin_of(self.marks, other):#x}" for other in self.uplinks if not has_nat(other, family)]
+            if bare:
+                moved = f"ct mark & {self.marks.pins:#x} {any_of(bare)}"
+                yield f"{flow} {moved} ct status & {SNAT:#x} == 0x0 goto gone"
 
     # --- hooks --------------------------------------------------------------------------------
 
@@ -212,10 +222,10 @@ class _Writer:
     def nat(self) -> Iterator[str]:
         """Yield the chain that masquerades, if an uplink wants it."""
         rows = [
-            f'oifname "{u.interface}" meta nfproto {family} masquerade'
+            f'oifname "{u.interface}" meta nfproto ipv{family.version} masquerade'
             for u in self.uplinks
-            for wanted, family in ((u.nat, "ipv4"), (u.nat6, "ipv6"))
-            if wanted
+            for family in Family
+            if has_nat(u, family)
         ]
         if rows:
             hook = "type nat hook postrouting priority srcnat; policy accept;"

@@ -160,6 +160,11 @@ class Uplink:
         return self.gateway if family is Family.IPV4 else self.gateway6
 
 
+def has_nat(uplink: Uplink, family: Family) -> bool:
+    """Say whether what leaves by `uplink` is masqueraded."""
+    return uplink.nat6 if family is Family.IPV6 else uplink.nat
+
+
 @dataclass(frozen=True, slots=True)
 class Match:
     """`match` of a policy. A tuple means "any of its items", an empty one "anything"; all keys must hold."""
