@@ -9,7 +9,8 @@ B+10902         fwmark 0x08…/0xfc… lookup fiber
 B+10903         fwmark 0x08…/0xfc… unreachable
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from pbrd.classes import Class, classify, guards_early, needs_guard, uses_nft
 from pbrd.marks import ARRIVED, INBOUND, Marks, marks_of, pin_of
@@ -23,6 +24,7 @@ from pbrd.rules import (
     CLASSES,
     CLASSES_START,
     CLASSES_WIDTH,
+    DEFAULT,
     DEFAULT_PINS,
     EARLY,
     FALLBACK_ACTION,
@@ -52,8 +54,7 @@ def mark_rules(
     yield from writer.order()
     for place, one, first, overrides in parts(config):
         yield from writer.part(place, one, first, overrides)
-    if config.default is not None:
-        yield from writer.pins(0, config.default.via, writer.base + DEFAULT_PINS)
+    yield from writer.default()
 
 
 def guard_rule(config: Config, family: Family) -> Rule:
@@ -89,12 +90,16 @@ class _Writer:
 
         An answer by another uplink is of no use, and policies that would forbid it are not asked.
         """
+        came = Mark(self.marks.class_(INBOUND), self.marks.classes)
         for uplink in self.config.uplinks:
             if has_family(uplink, self.family):
-                value = self.marks.class_(INBOUND) | pin_of(self.marks, uplink)
-                mark = Mark(value, self.marks.mask)
-                yield Rule(self.family, self.base + PINS + uplink.index + 1, table=uplink.table, fwmark=mark)
-        came = Mark(self.marks.class_(INBOUND), self.marks.classes)
+                mark = Mark(came.value | pin_of(self.marks, uplink), self.marks.mask)
+                look = Rule(self.family, self.base + PINS + 2, table=uplink.table, fwmark=mark)
+                yield look
+                yield replace(look, priority=self.base + PINS, suppress_prefixlength=0)
+        # Hosts behind a router on the uplink's link: main knows it. Not the halves that VPNs add (0.0.0.0/1).
+        priority = self.base + PINS + 1
+        yield Rule(self.family, priority, table=MAIN_TABLE, fwmark=came, suppress_prefixlength=1)
         yield Rule(self.family, self.base + PINS_END, Action.UNREACHABLE, fwmark=came)
 
     def arrivals(self) -> Iterator[Rule]:
@@ -140,7 +145,18 @@ class _Writer:
         yield Rule(self.family, priority, Action.GOTO, fwmark=unjudged, inverted=True, goto=to)
         yield Rule(self.family, to, Action.NOP)
 
-    def pins(self, place: int, names: tuple[str, ...], priority: int) -> Iterator[Rule]:
+    def default(self) -> Iterator[Rule]:
+        """Yield the pins of `[default]`; with best-effort they count once more before its path tables."""
+        if self.config.default is None:
+            return
+        via = self.config.default.via
+        yield from self.pins(0, via, self.base + DEFAULT_PINS)
+        if self.config.default.fallback is Fallback.BEST_EFFORT:
+            for uplink in filter(None, map(self.uplink, via)):
+                mark = Mark(pin_of(self.marks, uplink), self.marks.pins)
+                yield Rule(self.family, self.base + DEFAULT + len(via), table=uplink.path_table, fwmark=mark)
+
+    def pins(self, place: int, names: Iterable[str], priority: int) -> Iterator[Rule]:
         """A live connection of this class stays on the uplink that it is on, if that is one of `names`."""
         for uplink in filter(None, map(self.uplink, names)):
             value = self.marks.class_(self.block + place) | pin_of(self.marks, uplink)
@@ -149,6 +165,9 @@ class _Writer:
     def part(self, place: int, one: Class, first: int, overrides: bool) -> Iterator[Rule]:
         """Yield the rules of a class before main's specific routes (`overrides`), or behind them."""
         yield from self.pins(place, one.uplinks, first)
+        if self.config.default is not None and one.end is Fallback.NEXT and not overrides:
+            others = [name for name in self.config.default.via if name not in one.uplinks]
+            yield from self.pins(place, others, first)  # it has passed them on to there
         yield from self.lookups(place, one.override if overrides else one.normal, first + 1)
         if not (overrides and one.normal):
             yield from self.end(place, one, first + 1 + len(one.uplinks))
@@ -168,10 +187,14 @@ class _Writer:
             action: Action = FALLBACK_ACTION[one.end]
             yield Rule(self.family, priority, action, fwmark=self.class_(place))
         elif one.end is Fallback.BEST_EFFORT:
-            for offset, name in enumerate(one.end_via):
+            for offset, name in enumerate(one.end_via, start=1):
                 uplink = self.uplink(name)
-                if uplink is not None and not is_drained(name, self.family, self.standings):
-                    table = uplink.path_table
+                if uplink is None:
+                    continue
+                table, pin = uplink.path_table, pin_of(self.marks, uplink)
+                pinned = Mark(self.class_(place).value | pin, self.marks.mask)
+                yield Rule(self.family, priority, table=table, fwmark=pinned)
+                if not is_drained(name, self.family, self.standings):
                     yield Rule(self.family, priority + offset, table=table, fwmark=self.class_(place))
 
     def class_(self, place: int) -> Mark:
@@ -219,7 +242,7 @@ def lack_of_room(config: Config) -> str:
                 "widen it, as in fwmark_mask = 0xffff0000"
             )
         rows = [
-            (max((1 + len(c.uplinks) + max(1, len(c.end_via)) for c in some), default=0), len(some), width)
+            (max((1 + len(c.uplinks) + 1 + len(c.end_via) for c in some), default=0), len(some), width)
             for some, width in (
                 ([c for c in classes if c.override], CLASS_OVERRIDES_WIDTH),
                 ([c for c in classes if c.normal], CLASSES_WIDTH),

@@ -28,7 +28,9 @@ HONOUR_FAMILY = 1  # nfgenmsg.version: with 0 a deletion by filter takes both fa
 # linux/sock_diag.h, inet_diag.h
 SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
 INET_DIAG_REQ_BYTECODE, INET_DIAG_BC_S_COND = 1, 7
-ESTABLISHED, SYN_SENT = 1, 2  # net/tcp_states.h
+# net/tcp_states.h: ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING. A program may
+# wait for an answer after it has closed its side, and what it has left behind still sends.
+CONNECTED = frozenset({1, 2, 4, 5, 8, 9, 11})
 # What a kernel says that has no conntrack, no inet_diag or no INET_DIAG_DESTROY.
 ABSENT = {errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP, errno.EPROTONOSUPPORT}
 # inet_diag_req_v2: family, protocol, extensions, states, socket (ports, addresses, interface, cookie)
@@ -95,7 +97,7 @@ def destroy_sockets(
     connects to the address from the LAN is not concerned.
 
     Their programs get ECONNABORTED at once, instead of waiting a quarter of an hour for a dead uplink.
-    Connected sockets and those that are connecting, IPv4 ones of either socket family; never listening
+    Sockets that are connected, connecting or closing, IPv4 ones of either socket family; never listening
     ones. Link-local addresses are skipped: other links may have the same. Returns 0 where the kernel
     can't (CONFIG_INET_DIAG_DESTROY) or we may not. Raises KernelError for all else.
     """
@@ -126,7 +128,7 @@ def _destructions(
             peer = ip_address(message[DIAG_PEER][: 4 if family is Family.IPV4 else 16])
             peer = getattr(peer, "ipv4_mapped", None) or peer
             near = any(peer in network for network in neighbours if network.version == peer.version)
-            if message[17] in (ESTABLISHED, SYN_SENT) and not near:
+            if message[17] in CONNECTED and not near:
                 yield peer, _diag(SOCK_DESTROY, NLM_F_ACK, family, 0, message[DIAG_ID])
 
 
@@ -153,7 +155,7 @@ def _socket_dump(family: Family, address: Address) -> bytes:
     length = 4 + len(test)
     program = struct.pack("=BBH", INET_DIAG_BC_S_COND, length, length + 4) + test
     attribute = struct.pack("=HH", 4 + len(program), INET_DIAG_REQ_BYTECODE) + program
-    states = 1 << ESTABLISHED | 1 << SYN_SENT
+    states = sum(1 << state for state in CONNECTED)
     return _diag(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, states, bytes(48), attribute)
 
 

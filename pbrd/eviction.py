@@ -30,7 +30,7 @@ def evictions(
     """Return what to evict once the routes and rules for `after` are live. Empty without nftables."""
     if not uses_nft(config):
         return ()
-    ways = tuple(_ways(config))
+    ways = tuple(ways_of(config))
     found: dict[tuple[Family, str], set[int]] = {}
     for family in Family:
         for place, one in enumerate(ways):
@@ -126,7 +126,7 @@ def classes_of(config: Config, block: int, size: int) -> tuple[Eviction, ...]:
     return tuple(Eviction(family, value, marks.classes) for value in values for family in Family)
 
 
-def _ways(config: Config) -> Iterator[Class]:
+def ways_of(config: Config) -> Iterator[Class]:
     """Yield the classes in their order; those that end in `next` go on to `[default]`."""
     default = config.default
     for one in classify(config).classes:

@@ -243,9 +243,10 @@ class Netfilter:
             queue, self.queue = self.queue, []
             dead, self.dead = self.dead, []
             try:
-                await self.conntrack.evict_beside(queue)
+                # Sockets first: the last they send belongs to a connection that is judged already.
                 for addresses, neighbours in dead:
                     await asyncio.to_thread(destroy_sockets, addresses, neighbours, frozenset(self.ways))
+                await self.conntrack.evict_beside(queue)
             except KernelError as error:
                 self.log.warning("connections are not evicted", reason=str(error))
 

@@ -19,7 +19,7 @@ from itertools import product
 from pbrd.classes import needs_nft, too_many, uses_nft
 from pbrd.objects import MAIN_TABLE, Action, Key, Link, Rule, Standing
 from pbrd.prefixes import some
-from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Mark, Match, Policy, Uplink
+from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Mark, Match, Network, Policy, Uplink
 
 ICMP, ICMPV6 = 1, 58
 WHOLE = 0xFFFFFFFF  # a mask of all bits of a mark
@@ -32,14 +32,14 @@ OVERRIDES, OVERRIDES_WIDTH = 400, 500
 CLASS_OVERRIDES, CLASS_OVERRIDES_WIDTH = 700, 200  # of OVERRIDES, where nftables is in use
 MAIN_SPECIFIC = 900
 # Where nftables is in use: before the policies, and before those with `override_main`.
-JUDGED, GUARD_PASS, GUARD, GUARD_END, OWN_ADDRESS = 990, 991, 992, 993, 995
+JUDGED, GUARD_PASS, GUARD, GUARD_END, OWN_SPECIFIC, OWN_ADDRESS = 990, 991, 992, 993, 994, 995
 EARLY = 390 - JUDGED
 POLICIES, POLICIES_WIDTH = 1000, 19800
 CLASSES_START, CLASS_OVERRIDES_START = 10899, 699
-CLASSES, CLASSES_WIDTH = 10900, 9900  # of POLICIES, where nftables is in use
+CLASSES, CLASSES_WIDTH = 10900, 9890  # of POLICIES, where nftables is in use
+DEFAULT_PINS = 20790
 ADDRESSES = 20800
 BOUND = 20900
-DEFAULT_PINS = 20999
 MOST = 99  # uplinks: what the bands of probes, pins, addresses and bound sockets have room for
 DEFAULT, DEFAULT_WIDTH = 21000, 1000
 STRIDES = (100, 50, 20, 10, 5, 2, 1)  # priorities between two policies: the largest that fits its band
@@ -168,7 +168,8 @@ class _Compiler:
         if policy.fallback in FALLBACK_ACTION:
             yield from self.rows(matches, behind, FALLBACK_ACTION[policy.fallback], 0)
         elif policy.fallback is Fallback.BEST_EFFORT:
-            for offset, name in enumerate(policy.via):
+            pins = int(policy is self.config.default and uses_nft(self.config))  # before them (`classrules`)
+            for offset, name in enumerate(policy.via, start=pins):
                 uplink = None if name == MAIN else self.uplink(name)
                 if uplink is not None and not is_drained(name, self.family, self.standings):
                     yield from self.rows(matches, behind + offset, Action.LOOKUP, uplink.path_table)
@@ -200,7 +201,7 @@ def stride_of(count: int, width: int) -> int:
 
 def width_of(policy: Policy) -> int:
     """Return how many priorities the rules of `policy` take."""
-    fallback = len(policy.via) if policy.fallback is Fallback.BEST_EFFORT else 1
+    fallback = 1 + len(policy.via) if policy.fallback is Fallback.BEST_EFFORT else 1
     return len(policy.via) + fallback
 
 
@@ -235,9 +236,22 @@ def address_rules(config: Config, family: Family, links: Mapping[str, Link]) -> 
                 source = ip_network(address.local)
                 yield Rule(family, priority, table=uplink.table, source=source)
                 if uses_nft(config):
-                    first = config.daemon.rule_priority + OWN_ADDRESS
-                    plain = Mark(0, WHOLE)  # what carries somebody's tunnel is marked, and not judged later
-                    yield Rule(family, first, table=uplink.table, source=source, iif="lo", fwmark=plain)
+                    yield from _first_look(config, family, source, uplink.table)
+
+
+def _first_look(config: Config, family: Family, source: Network, table: int) -> Iterator[Rule]:
+    """Yield the rules by which sockets of this host with the address `source` look for their way.
+
+    Before those of policies with `override_main`, too; there main's specific routes come first, as elsewhere.
+    """
+    plain = Mark(0, WHOLE)  # what carries somebody's tunnel is marked, and not judged later
+    look = Rule(family, config.daemon.rule_priority + OWN_ADDRESS, Action.LOOKUP, table, source)
+    look = replace(look, iif="lo", fwmark=plain)
+    yield look
+    if any(policy.match.override_main for policy in config.policies):
+        yield replace(look, priority=look.priority + EARLY)
+        specific = config.daemon.rule_priority + OWN_SPECIFIC + EARLY
+        yield replace(look, priority=specific, table=MAIN_TABLE, suppress_prefixlength=0)
 
 
 @lru_cache(maxsize=16)

@@ -18,15 +18,33 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pbrd.classes import Classification, classify, uses_nft
+from pbrd.eviction import ways_of
 from pbrd.expressions import any_of
 from pbrd.judging import Levels, chain, entrances, judging_chains
 from pbrd.marks import ARRIVED, INBOUND, Marks, Numbers, marks_of, pin_of
-from pbrd.settings import Config, Fallback, Family, Uplink, has_nat
+from pbrd.settings import Config, Failback, Fallback, Family, Uplink, has_nat
 from pbrd.units import set_of
 
 BEHIND_DNAT = -90  # what leaves is judged, as by rules; and marks of others are set by then (mangle, -150)
 # While the table goes its chains are still asked, with empty maps: what they have said is void.
 STANDING = ("meta nfproto vmap { ipv4 : accept, ipv6 : accept }", "drop")
+# Whom connections with `failback = "immediate"` talk to. They are forgotten to begin anew elsewhere, and the
+# other side may be faster: its packet would begin one, from outside, that stays here. So such wait for ours.
+OURS = tuple(
+    f"set ours{n} {{ type ipv{n}_addr . inet_proto . inet_service . inet_service; size 65536; "
+    "flags dynamic, timeout; timeout 20s; }"  # shorter than a UDP connection lives without an answer
+    for n in (4, 6)
+)
+NOTES = tuple(
+    f"meta nfproto ipv{n} meta l4proto {{ 6, 17 }} "
+    f"update @ours{n} {{ {ip} daddr . meta l4proto . th dport . th sport }}"
+    for n, ip in ((4, "ip"), (6, "ip6"))
+)
+EXPECTED = tuple(
+    f"meta nfproto ipv{n} meta l4proto {{ 6, 17 }} "
+    f"{ip} saddr . meta l4proto . th sport . th dport @ours{n} drop"
+    for n, ip in ((4, "ip"), (6, "ip6"))
+)
 # Bits of `ct status` (linux/netfilter/nf_conntrack_common.h): past its first packet; has got another source;
 # the kernel has decided whether it shall.
 CONFIRMED, SNAT, DECIDED = 0x8, 0x10, 0x80
@@ -64,13 +82,14 @@ class _Writer:
 
         No policy has a say behind a class that doesn't go on to the next one.
         """
-        keep = self.clear(self.marks.classes)
+        keep, ways = self.clear(self.marks.classes), tuple(ways_of(self.config))
         for place, one in enumerate(self.classes.classes):
             value = self.class_(place)
             packet = f"meta mark set meta mark & {keep} | {value}"
             ends = STANDING if one.end is not Fallback.NEXT else ()
-            yield chain(f"c{place}", packet, f"ct mark set ct mark & {keep} | {value}", *ends)
-            yield chain(f"m{place}", packet)
+            note = NOTES if ways[place].failback is Failback.IMMEDIATE else ()
+            yield chain(f"c{place}", packet, f"ct mark set ct mark & {keep} | {value}", *note, *ends)
+            yield chain(f"m{place}", packet, *note)
 
     def outcome_chains(self) -> Iterator[str]:
         """`oN` is what outcome N makes of the class that a connection has so far."""
@@ -172,6 +191,7 @@ class _Writer:
         yield chain("arrived", f"iifname {self.by_interface('in')}")
         yield chain(
             "arriving",
+            *EXPECTED,
             f"fib daddr type {HERE} goto arrived",
             "fib daddr oif missing return",
             f"fib daddr oifname != {interfaces} goto arrived",
@@ -245,7 +265,7 @@ class _Writer:
             *entrances(self.config),
         ]
         units = (f"set {set_of(unit)} {{ type cgroupsv2; }}" for unit, _ in self.units)
-        inside = "\n".join(f"\t{line}" for part in (*units, *parts) for line in part.splitlines())
+        inside = "\n".join(f"\t{line}" for part in (*units, *OURS, *parts) for line in part.splitlines())
         return f"table inet pbrd {{\n{inside}\n}}\n"
 
 

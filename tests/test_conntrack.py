@@ -209,6 +209,21 @@ def test_programs_on_the_address_learn_at_once(family: Family, dual: bool) -> No
 
 @pytest.mark.usefixtures("hosts")
 @pytest.mark.parametrize("family", list(Family))
+def test_who_waits_for_an_answer_after_closing_its_side_learns_too(family: Family) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(listener(OTHERS[family]))
+        client, accepted = connected(OURS[family], server)
+        stack.callback(client.close)
+        stack.callback(accepted.close)
+        client.shutdown(socket.SHUT_WR)
+        assert accepted.recv(1) == b""
+        assert destroy_sockets([ip_address(OURS[family])]) == 1
+        with pytest.raises(ConnectionAbortedError):
+            client.recv(1)
+
+
+@pytest.mark.usefixtures("hosts")
+@pytest.mark.parametrize("family", list(Family))
 def test_listening_sockets_go_on(family: Family) -> None:
     with listener(OURS[family]) as server:
         client, accepted = connected(OTHERS[family], server)

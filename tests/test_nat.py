@@ -5,7 +5,8 @@ import shutil
 import socket
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 
@@ -132,6 +133,74 @@ def test_immediate_failback_moves_them_at_once(
         lab.silence(0, False)
         eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
         eventually(lambda: flow.exit() == "fiber", within=2)
+
+
+TUNNEL = """
+[[policies]]
+name = "tunnel"
+match = { iif = "lo", proto = "udp", dport = 51820 }
+via = ["fiber", "lte"]
+failback = "immediate"
+"""
+
+
+@families
+def test_immediate_failback_moves_a_flow_whose_other_side_never_rests(
+    lab: Lab, daemon: StartDaemon, source: str, target: str
+) -> None:
+    """As a tunnel of this machine. What the other side sends must not begin a connection from outside."""
+    pbrd = start(lab, daemon, CONFIG.replace("[default]", TUNNEL + "[default]"))
+    lab.silence(0)
+    eventually(lambda: goes_by(pbrd, "lte") and goes_by(pbrd, "lte", "tunnel"))
+    far, near = bound(lab, lab.net, target, 51820), bound(lab, lab.router, "", 51820, ":" in source)
+    near.connect((target, 51820))
+    with far, near, talking(near, far):
+        lab.silence(0, False)
+        eventually(lambda: pbrd.uplink("fiber")["state"] == "up", within=10)
+        seen = lab.counter("udp dport 51820")
+        eventually(lambda: seen.read()["fiber"] > 20)
+        before = seen.read()["lte"]
+        eventually(lambda: seen.read()["fiber"] > 50)
+        assert seen.read()["lte"] == before
+
+
+def bound(lab: Lab, space: str, address: str, port: int, ipv6: bool = False) -> socket.socket:
+    """Open a UDP socket in a namespace."""
+    with lab.inside(space):
+        made = socket.socket(socket.AF_INET6 if ipv6 or ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    made.bind((address, port))
+    made.settimeout(0.01)
+    return made
+
+
+@contextmanager
+def talking(near: socket.socket, far: socket.socket) -> Iterator[None]:
+    """Let the near side send every 5 ms, and the far side every millisecond once it has heard of it."""
+    stop = threading.Event()
+
+    def send() -> None:
+        while not stop.wait(0.005):
+            with suppress(OSError):
+                near.send(b"near")
+
+    def answer() -> None:
+        peer = None
+        while not stop.wait(0.001):
+            with suppress(OSError):
+                far.settimeout(0 if peer else 0.1)
+                peer = far.recvfrom(100)[1]
+            if peer:
+                far.sendto(b"far", peer)
+
+    threads = [threading.Thread(target=send), threading.Thread(target=answer)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 @families
