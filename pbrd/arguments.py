@@ -130,9 +130,9 @@ def _add_events(commands: Commands) -> None:
 
 
 def _number(text: str) -> int:
-    """Return a whole number that is not negative, or raise ValueError, of which argparse tells."""
+    """Return a whole number that is not negative, or raise what argparse tells."""
     if not text.isascii() or not text.isdigit():
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of events; write 0 or more")
     return int(text)
 
 

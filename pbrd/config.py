@@ -177,7 +177,13 @@ def _fragments(folder: Path, report: Report) -> list[Path]:
     """Return the files of `conf.d` in name order; hidden ones are editors' and not meant."""
     try:
         files = [file for file in folder.iterdir() if file.suffix == ".toml" and file.name[0] != "."]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        if not folder.parent.is_dir():  # a pipe of the shell has no neighbours
+            return []
+        report.add(str(folder), "", "is no folder; make one and move the file into it, with a name in .toml")
+        report.whole = False
         return []
     except OSError as error:
         report.add(str(folder), "", f"cannot read it: {error.strerror}; it must be a readable folder")

@@ -31,6 +31,9 @@ def remarks(config: str, files: Iterable[str]) -> Iterator[str]:
             why := hidden(file)
         ):
             yield f"{file}: pbrd.service cannot read it: {why}"
+    folder = os.path.join(beside, "conf.d")
+    if not draft and os.path.isdir(folder) and (why := hidden(folder) or unlisted(folder)):
+        yield f"{folder}: pbrd.service cannot read it: {why}"
 
 
 def hidden(file: str) -> str:
@@ -42,8 +45,17 @@ def hidden(file: str) -> str:
         return f"it has a /tmp of its own; move the file, to {PLACE} for instance"
     with suppress(OSError):
         for part in _parts(real):
-            if reason := _refuses(part, os.stat(part)):
+            found = os.stat(part)
+            wanted = ("x", 0o1) if stat.S_ISDIR(found.st_mode) else ("r", 0o4)
+            if reason := _refuses(part, found, *wanted):
                 return reason
+    return ""
+
+
+def unlisted(folder: str) -> str:
+    """Return why the service can't list what is in `folder`, which it may enter, with a remedy, or ""."""
+    with suppress(OSError):
+        return _refuses(folder, os.stat(folder), "r", 0o4)
     return ""
 
 
@@ -59,9 +71,8 @@ def _parts(path: str) -> Iterator[str]:
     yield path
 
 
-def _refuses(part: str, found: os.stat_result) -> str:
-    """Return why root without CAP_DAC_OVERRIDE can't read a file, or enter a directory."""
-    letter, bit = ("x", 0o1) if stat.S_ISDIR(found.st_mode) else ("r", 0o4)
+def _refuses(part: str, found: os.stat_result, letter: str, bit: int) -> str:
+    """Return why root without CAP_DAC_OVERRIDE has not the right `letter` to a file or a directory."""
     if found.st_uid == 0:
         who, shift = "u", 6
     elif found.st_gid == _group():

@@ -28,6 +28,7 @@ def concerns(config: Config, machine: Machine) -> bool:
 def findings(config: Config, machine: Machine) -> tuple[Finding, ...]:
     """Return all there is to say, what hurts before what is harmless."""
     found = (
+        *_programs(config, machine),
         *_interfaces(config, machine),
         *precedence.findings(config, machine),
         *_marks(config, machine),
@@ -40,6 +41,14 @@ def findings(config: Config, machine: Machine) -> tuple[Finding, ...]:
         *_units(config, machine),
     )
     return tuple(sorted(dict.fromkeys(found), key=lambda finding: finding.harmless))
+
+
+def _programs(config: Config, machine: Machine) -> Iterator[Finding]:
+    if uses_nft(config) and not machine.nft:
+        remark = (
+            "nft is not installed, and this config needs it, so pbrd will not start; apt-get install nftables"
+        )
+        yield Finding("nftables", remark)
 
 
 # --- interfaces -------------------------------------------------------------------------------

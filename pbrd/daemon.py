@@ -125,7 +125,7 @@ class Daemon:
             running = [group.create_task(task) for task in tasks]
             systemd.notify("READY=1")
             await self.stopping.wait()
-            systemd.notify("STOPPING=1")
+            systemd.notify("STOPPING=1", f"STATUS={remarks.stopped(self.config.daemon.on_stop)}")
             for task in running:
                 task.cancel()
 

@@ -19,4 +19,7 @@ def save(path: Path, names: Iterable[str]) -> str:
 
 
 def _names(document: Any) -> frozenset[str]:
-    return frozenset(name for name in document["drained"] if isinstance(name, str))
+    names = document["drained"]
+    if not isinstance(names, list):
+        raise TypeError(names)
+    return frozenset(name for name in names if isinstance(name, str))

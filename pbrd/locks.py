@@ -37,7 +37,8 @@ def lock(path: Path) -> int:
             f"another pbrd already runs with this runtime dir (pid {pid}): {path.parent}"
         ) from None
     os.ftruncate(fd, 0)
-    os.write(fd, f"{os.getpid()}\n".encode())
+    with suppress(OSError):  # a full disk: who it is will not be known, but nobody else gets in
+        os.write(fd, f"{os.getpid()}\n".encode())
     return fd
 
 
@@ -80,7 +81,7 @@ def undisturbed(runtime_dir: Path, act: str) -> Iterator[None]:
         except ControlError as error:
             raise ControlError(f"cannot {act}: {error}; stop it first") from None
         except OSError as error:
-            raise ControlError(f"cannot {act}: {error.strerror}: {error.filename}") from None
+            raise ControlError(f"cannot {act}: {error.strerror}: {error.filename or runtime_dir}") from None
         try:
             yield
         finally:

@@ -6,6 +6,7 @@ as it may hold a million: IPv4 has its defaults at the beginning, but IPv6 at th
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
@@ -31,6 +32,7 @@ NETPLAN = ("/etc/netplan", "/run/netplan", "/usr/lib/netplan")
 KEYFILES = ("/etc/NetworkManager/system-connections", "/run/NetworkManager/system-connections")
 IPROUTE2 = ("/etc/iproute2", "/usr/share/iproute2", "/usr/lib/iproute2")
 ROOT = Path("/")
+PROGRAMS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # where services find them
 NFTSET_SINCE = 255  # version of systemd, systemd.resource-control(5)
 
 
@@ -64,6 +66,7 @@ def look(config: Config, root: Path = ROOT, *, rulesets: bool = True) -> Machine
         {family: _switch(family, "all", "forwarding") == 1 for family in families},
         setters,
         flowtables,
+        shutil.which("nft", path=PROGRAMS) is not None,
         tuple(_unfilled(config, root)) if rulesets else (),
     )
 

@@ -61,6 +61,7 @@ class Machine:
     forwarding: Mapping[Family, bool] = field(default_factory=dict)
     setters: tuple[MarkSetter, ...] = ()
     flowtables: tuple[Flowtable, ...] = ()
+    nft: bool = True  # the command is there
     unfilled: tuple[str, ...] = ()  # units of kill switches whose sets systemd could fill and does not
 
     def defaults_in(self, family: Family, table: int) -> tuple[ForeignRoute, ...]:

@@ -43,6 +43,7 @@ class Netfilter:
         self.applied: str | None = None  # digest of what the kernel holds
         self.guarding = True  # the guard stands, or may come at once
         self.repairs = 0
+        self.lost = False  # others have changed the table, and it is not repaired yet
         self.work = asyncio.Event()
         self.judged: dict[Key, Standing] = {}  # the standings by which connections were last ended
         self.queue: list[tuple[Family, int, int]] = []  # evictions
@@ -145,8 +146,7 @@ class Netfilter:
         if self.table.disturbed():
             before, self.applied = self.applied, self.table.holds()
             if self.applied != before and not self.settled:
-                self.repairs += 1
-                self.tell(drift_repaired(["nft table inet pbrd"], self.repairs))
+                self.lost = True
                 self.work.set()
         if self.table.stirred:  # by systemd, say, which fills the sets of units too
             self.fill()
@@ -183,6 +183,10 @@ class Netfilter:
                 break
             self.applied = digest(text)
             self.swept = None  # some may have begun while there was no table
+            if self.lost:
+                self.lost = False
+                self.repairs += 1
+                self.tell(drift_repaired(["nft table inet pbrd"], self.repairs))
             self.fill()  # what came meanwhile
             if self.table.foreign:  # others were at it meanwhile, and `look` has heard of that already
                 self.applied = self.table.holds()

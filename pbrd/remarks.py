@@ -4,7 +4,7 @@ from collections.abc import Container, Iterable, Sequence
 
 from pbrd.classes import uses_nft
 from pbrd.document import did_you_mean
-from pbrd.settings import DEFAULT_POLICY, KILL_SWITCHES, Config, Fallback
+from pbrd.settings import DEFAULT_POLICY, KILL_SWITCHES, Config, Fallback, OnStop
 from pbrd.status import PolicyStatus, Snapshot, UplinkStatus
 
 NAMED = 5  # policies in one line
@@ -45,6 +45,11 @@ def undrained(name: str, was: bool, after: Snapshot) -> tuple[str, ...]:
     if now.state in ("down", "disabled"):
         return (f"{name} is no longer drained, but {now.state} ({now.reason})",)
     return (f"{name} is back in service: new connections may take it",)
+
+
+def stopped(on_stop: OnStop) -> str:
+    """Say what the service manager shows of a daemon that has ended."""
+    return f"stopped; routes and rules are {'removed' if on_stop is OnStop.FLUSH else 'kept'}"
 
 
 def unread(path: str, files: Sequence[str]) -> tuple[str, ...]:

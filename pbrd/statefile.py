@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+LIMIT = 1 << 20  # bytes; a hundred uplinks take some kilobytes
 
 
 def load(path: Path, take: Callable[[Any], T]) -> tuple[T | None, str]:
@@ -16,7 +17,13 @@ def load(path: Path, take: Callable[[Any], T]) -> tuple[T | None, str]:
     the next `save` doesn't overwrite what somebody may want to look at.
     """
     try:
-        return take(json.loads(path.read_bytes())), ""
+        if path.exists() and not path.is_file():  # to read a pipe is to wait, and a device may have no end
+            return None, f"cannot read {path}: not a regular file"
+        with path.open("rb") as file:
+            text = file.read(LIMIT + 1)
+        if len(text) > LIMIT:
+            raise ValueError("too long")
+        return take(json.loads(text)), ""
     except FileNotFoundError:
         return None, ""
     except OSError as error:

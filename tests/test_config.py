@@ -736,6 +736,15 @@ class TestFiles:
             f"{tmp_path}/pbrd.toml: there is no such file; write one, as in share/doc/pbrd/examples/pbrd.toml"
         )
 
+    def test_a_file_where_the_folder_of_fragments_should_be_is_a_problem(self, tmp_path: Path) -> None:
+        (tmp_path / "pbrd.toml").write_text(UPLINKS)
+        (tmp_path / "conf.d").write_text("[[policies]]")
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path / "pbrd.toml")
+        assert str(caught.value) == (
+            f"{tmp_path}/conf.d: is no folder; make one and move the file into it, with a name in .toml"
+        )
+
     def test_an_unreadable_fragment_hides_no_other_problem(self, tmp_path: Path) -> None:
         (tmp_path / "conf.d" / "a.toml").mkdir(parents=True)
         (tmp_path / "conf.d" / "b.toml").write_bytes(b"x = 1\ny = '\xff'")

@@ -77,6 +77,12 @@ def test_a_machine_without_neighbours_has_no_conflicts(say: Say) -> None:
     assert say(NAT) == []
 
 
+def test_a_config_that_needs_nft_where_there_is_none(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "PROGRAMS", "/nowhere")
+    assert say() == []
+    one(say(NAT), "warning: nftables: nft is not installed", "apt-get install nftables")
+
+
 # --- rules ------------------------------------------------------------------------------------
 
 

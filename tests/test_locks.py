@@ -1,5 +1,6 @@
 """One daemon in a runtime directory and in a network namespace, whatever other users do."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -27,6 +28,17 @@ def test_a_second_daemon_in_a_network_namespace_is_refused(lab: Lab, daemon: Sta
     assert lab.run(lab.router, "ip", "rule").stdout == rules
     first.stop()
     second.restart()
+
+
+def test_a_full_disk_keeps_nobody_from_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    fd = locks.lock(tmp_path / "pbrd.pid")
+    with pytest.raises(ControlError, match=r"already runs with this runtime dir \(pid unknown\)"):
+        locks.lock(tmp_path / "pbrd.pid")
+    locks.unlock(fd)
 
 
 def test_every_network_namespace_may_have_its_own(lab: Lab) -> None:

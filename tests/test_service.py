@@ -1,5 +1,6 @@
 """The service under a real systemd, with real packets: what machines and administrators do to it."""
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -38,6 +39,7 @@ def test_it_is_ready_when_the_kernel_holds_the_plan_and_says_how_it_is(make_box:
     eventually(lambda: re.fullmatch(down, service.show("StatusText")))
     service.systemctl("stop")
     assert service.show("ActiveState", "Result") == ("inactive", "success")
+    assert service.show("StatusText") == "stopped; routes and rules are kept"
 
 
 # --- ends and starts ----------------------------------------------------------------------------
@@ -52,6 +54,28 @@ def test_a_crash_costs_no_packet_and_writes_nothing(make_box: MakeBox, lab: Lab,
     assert writes.seen() == ""
     assert stream.stop() == (["fiber"], 0)
     assert service.show("NRestarts") == "1"
+
+
+STUBBORN = "#!/bin/sh\ntrap '' TERM\n[ \"$PBRD_EVENT\" = started ] || exit 0\nsleep 300\n"
+
+
+def test_a_hook_that_heeds_no_signal_keeps_no_daemon_waiting(make_box: MakeBox, lab: Lab) -> None:
+    """Until the next one is there, nobody watches the uplinks; systemd waited for all of its processes."""
+    service = start(make_box, lab, seed={"/etc/pbrd/hooks.d/10-stubborn": STUBBORN})
+    for act in (functools.partial(service.kill, "KILL"), functools.partial(service.systemctl, "restart")):
+        eventually(lambda: service.box.enter(["pgrep", "-x", "sleep"], check=False).stdout)
+        former, begun = service.pid, time.monotonic()
+        act()
+        service.restarted(former)
+        assert time.monotonic() - begun < 10  # TimeoutStopSec= is 15 s
+        service.wait_up()
+
+
+def test_a_hook_may_finish_within_two_seconds_of_the_end(make_box: MakeBox, lab: Lab) -> None:
+    hook = '#!/bin/sh\n[ "$PBRD_EVENT" = stopped ] || exit 0\necho begun; sleep 0.5; echo finished\n'
+    service = start(make_box, lab, seed={"/etc/pbrd/hooks.d/10-slow": hook})
+    service.systemctl("stop")
+    assert "hook 10-slow: finished" in service.log
 
 
 def test_restarts_under_load_cost_no_packet(make_box: MakeBox, lab: Lab, tmp_path: Path) -> None:
