@@ -158,6 +158,7 @@ def weight(policy: Policy) -> int:
     return product * (len(policy.via) + 1)
 
 
+@lru_cache(maxsize=8)
 def too_many(config: Config) -> bool:
     """Say whether the policies are too many to be rules of their own: each costs every packet 17 ns."""
     return sum(weight(policy) for policy in config.policies if not needs_nft(policy)) > NATIVE_RULES

@@ -123,6 +123,8 @@ def between(before: Snapshot, after: Snapshot, hops: Gateways = NONE) -> Iterato
             yield from _uplink(uplinks[uplink.name], uplink, hops)
     if before.paused or after.paused:  # a flush and a reload are events of their own
         return
+    if before.policies is after.policies:
+        return
     interfaces = {uplink.name: uplink.interface for uplink in after.uplinks}
     policies = {policy.name: policy for policy in before.policies}
     for policy in after.policies:

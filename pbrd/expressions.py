@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 
+from pbrd.classes import concerns
 from pbrd.prefixes import LONG, Network, Networks, listing
 from pbrd.rules import ICMP, ICMPV6
 from pbrd.settings import Family, Match, Policy, Range
@@ -24,6 +25,8 @@ SHARED = {
     **{"meta skuid": "uid", "meta skgid": "gid", "iifname": "ifname"},
 }
 IP = {Family.IPV4: "ip", Family.IPV6: "ip6"}
+KINDS = tuple((family, local) for local in (False, True) for family in Family)  # of packets: whose they are
+IN, OUT = "iif != 0", "oif != 0"  # what is forwarded, before its way is known, and what this host sends
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,11 @@ class Expressions:
     sets: dict[str, str] = field(default_factory=dict)  # by name: both directions share them
     named: dict[str, str] = field(default_factory=dict)  # the names of shared ones, by what they hold
 
-    def matches(self, number: int, match: Match, local: bool) -> Iterator[tuple[Family | None, str]]:
+    def matches(self, number: int, match: Match) -> Iterator[tuple[Family | None, str]]:
         """Yield expressions of which any may hold, with their family; lists share one where they can."""
         ranged = is_long(match)
         protocols = f"meta l4proto {any_of(map(str, _protocols(match)))}" if match.proto else ""
-        sender = f"ether saddr {any_of(match.mac)}" if match.mac and not local else ""
+        sender = f"ether saddr {any_of(match.mac)}" if match.mac else ""
         marks = [f"meta mark & {mark.mask:#x} == {mark.value:#x}" for mark in match.fwmark] or [""]
         lists = (
             _each("th sport", match.sport, ranged),
@@ -49,10 +52,11 @@ class Expressions:
             marks,
             self.members(match),
         )
-        for way in self.ways_in(match, local):
+        others = [" ".join(filter(None, parts)) for parts in product(*(one for one in lists if one != [""]))]
+        for way in ways_of(match):
             for family, addresses in self.address_parts(number, match, ranged):
-                for others in product(*lists):
-                    yield family, " ".join(filter(None, (way, addresses, protocols, *others)))
+                for other in others:
+                    yield family, " ".join(filter(None, (way, addresses, protocols, other)))
 
     def members(self, match: Match) -> list[str]:
         """Return an expression for each set of a unit and each level."""
@@ -61,11 +65,6 @@ class Expressions:
             for unit in match.unit
             for level in self.units.get(unit, ())
         ] or ([] if match.unit else [""])
-
-    def ways_in(self, match: Match, local: bool) -> tuple[str, ...]:
-        """Return an expression for each interface by which packets may come in."""
-        names = [f'"{name}"' for name in match.iif if name != "lo"]
-        return tuple(f"iifname {name}" for name in names) if names and not local else ("",)
 
     def address_parts(self, number: int, match: Match, ranged: bool) -> Iterator[tuple[Family | None, str]]:
         """Yield expressions for each family that addresses and DSCP need apart, or an empty one."""
@@ -125,11 +124,22 @@ class Expressions:
         self.sets[name] = f"set {name} {{ {definition} }}"
         return f"@{name}"
 
-    def needs(self, number: int, policy: Policy, family: Family, local: bool) -> tuple[Need, ...] | None:
-        """Return things of which a packet of `family` must have one for a match; None if none is known.
+    def all_needs(self, number: int, policy: Policy) -> tuple[tuple[Need, ...] | None, ...]:
+        """Return `needs` for each of KINDS."""
+        match = policy.match
+        others = tuple(self.needs(number, policy, family, False) for family in Family)
+        if not match.iif and concerns(match, local=False) and concerns(match, local=True):
+            return (*others, *others)
+        return (*others, *(self.needs(number, policy, family, True) for family in Family))
 
-        NEVER, if it can't match. What few packets have is chosen before what many have.
+    def needs(self, number: int, policy: Policy, family: Family, local: bool) -> tuple[Need, ...] | None:
+        """Return things of which a packet must have one for a match; None if none is known.
+
+        The packet is one of `family`, and of this host (`local`) or of others. NEVER, if it can't match. What
+        few packets have is chosen before what many have.
         """
+        if not concerns(policy.match, local):
+            return NEVER
         match, ip = policy.match, IP[family]
         sides = (("saddr", match.source), ("daddr", match.destination))
         found = [(side, *listing(networks, family.version)) for side, networks in sides if networks]
@@ -145,7 +155,7 @@ class Expressions:
                 (compared, f"@{values}") for compared, _, values in (u.partition(" @") for u in units)
             )
         choices: tuple[tuple[str, Iterable[str]], ...] = (
-            ("ether saddr", () if local else match.mac),
+            ("ether saddr", match.mac),
             ("meta skuid", map(span_of, match.user)),
             ("meta skgid", map(span_of, match.group)),
             ("th dport", map(span_of, match.dport)),
@@ -158,6 +168,15 @@ class Expressions:
             if chosen := tuple((compared, value) for value in listed):
                 return chosen
         return tuple((f"meta mark & {mark.mask:#x}", f"{mark.value:#x}") for mark in match.fwmark) or None
+
+
+def ways_of(match: Match) -> list[str]:
+    """Return an expression for each way of packets into a chain, by interface; of this host or others."""
+    others, local = concerns(match, local=False), concerns(match, local=True)
+    names = [f'iifname "{name}"' for name in match.iif if name != "lo" and others]
+    if local and (match.iif or match.unit):  # who comes from elsewhere may find a socket, too
+        names.insert(0, OUT)
+    return names or [""]
 
 
 def _each(compared: str, ranges: Sequence[Range], ranged: bool) -> list[str]:

@@ -3,8 +3,8 @@
 A new connection must not walk thousands of policies. So where there are many they lie in groups, each a
 chain that begins with what all of its policies ask for, any of them one thing:
 
-    chain decide_forward_3 {
-        meta nfproto ipv4 ip saddr != { 10.0.3.0/24, ... } th dport != { 1026, ... } return
+    chain group3 {
+        meta nfproto ipv4 iif != 0 ip saddr != { 10.0.3.0/24, ... } th dport != { 1026, ... } return
         ...
 
 and whoever has none of these skips the group. A packet that lacks a header asked for there (a port of a
@@ -24,7 +24,7 @@ from functools import lru_cache
 from math import gcd
 
 from pbrd.classes import Classification, Outcome, classify, concerns, in_turn, outcomes_of
-from pbrd.expressions import IP, Expressions, Need, is_long, span_of
+from pbrd.expressions import IN, IP, KINDS, OUT, Expressions, Need, is_long, span_of
 from pbrd.objects import Key, Standing
 from pbrd.settings import Config, Fallback, Family, Policy, Range, Sticky
 
@@ -44,53 +44,49 @@ class Judging:
     usable: frozenset[str]  # uplinks that take part in balancing
     expressions: Expressions
 
-    def chains(self, local: bool) -> Iterator[str]:
-        """Yield the chain that judges traffic of this host, or of others, and those below it."""
-        where, numbered = _where(local), self.concerned(local)
+    def chains(self) -> Iterator[str]:
+        """Yield the chain that judges, and those below it."""
+        numbered = self.concerned()
         if len(numbered) <= FEW:
-            yield chain(f"decide_{where}", *self.rules(numbered, local))
+            yield chain("decide", *self.rules(numbered))
             return
-        needs = tuple([self.expressions.needs(*one, family, local) for one in numbered] for family in Family)
+        needs = list(zip(*(self.expressions.all_needs(*one) for one in numbered), strict=True))
         size = -(-len(numbered) // GROUPS)
         groups = [slice(start, start + size) for start in range(0, len(numbered), size)]
-        skip, places = self.skips(needs), range(len(groups))
-        yield chain(f"decide_{where}", *skip, *(f"jump group_{where}_{place}" for place in places))
-        yield chain(f"decide_{where}_all", *(f"jump all_{where}_{place}" for place in places))
+        places = range(len(groups))
+        yield chain("decide", *self.skips(needs), *(f"jump group{place}" for place in places))
+        yield chain("decide_all", *(f"jump all{place}" for place in places))
         for place, group in zip(places, groups, strict=True):
-            some = tuple(of_family[group] for of_family in needs)
-            yield chain(f"group_{where}_{place}", *self.skips(some), f"goto all_{where}_{place}")
-            yield chain(f"all_{where}_{place}", *self.rules(numbered[group], local))
+            yield chain(f"group{place}", *self.skips([of[group] for of in needs]), f"goto all{place}")
+            yield chain(f"all{place}", *self.rules(numbered[group]))
 
-    def concerned(self, local: bool) -> list[tuple[int, Policy]]:
-        """Return the policies that may match traffic of this host, or of others, with their numbers."""
+    def concerned(self) -> list[tuple[int, Policy]]:
+        """Return the policies that may match anything, with their numbers."""
         numbered = enumerate(in_turn(self.config))
-        return [(number, policy) for number, policy in numbered if concerns(policy.match, local)]
+        return [
+            (n, p) for n, p in numbered if concerns(p.match, local=True) or concerns(p.match, local=False)
+        ]
 
-    def entrance(self, local: bool) -> Iterator[str]:
-        """Yield the chain that sends to `decided_…` as soon as all sets are filled: it must be the last one.
+    def entrance(self) -> str:
+        """Return the chain that sends to `decided` as soon as all sets are filled: it must be the last one.
 
         And those who come before that another way, if there is one.
         """
-        where, numbered = _where(local), self.concerned(local)
+        numbered = self.concerned()
         waits = any(is_long(policy.match) or is_ranged(policy) for _, policy in numbered)
         if not waits and len(numbered) <= FEW:
-            yield chain(f"judge_{where}", f"goto decided_{where}")
-            return
-        filled = f"meta mark vmap {{ 0x0-0xffffffff : goto decided_{where} }}"
-        yield chain(f"judge_{where}", filled, "drop" if waits else f"goto decided_{where}_all")
+            return chain("judge", "goto decided")
+        filled = "meta mark vmap { 0x0-0xffffffff : goto decided }"
+        return chain("judge", filled, "drop" if waits else "goto decided_all")
 
-    def rules(self, policies: Iterable[tuple[int, Policy]], local: bool) -> Iterator[str]:
+    def rules(self, policies: Iterable[tuple[int, Policy]]) -> Iterator[str]:
         """Yield the rules of some policies."""
         for number, policy in policies:
-            yield from self.decisions(number, policy, local)
-
-    def decisions(self, number: int, policy: Policy, local: bool) -> Iterator[str]:
-        """Yield the rules of a policy."""
-        verdicts = self.verdicts(policy)
-        for family, match in self.expressions.matches(number, policy.match, local):
-            for only, verdict in verdicts:
-                if None in (family, only) or family is only:
-                    yield f"{match} {verdict}".strip()
+            verdicts = self.verdicts(policy)
+            for family, match in self.expressions.matches(number, policy.match):
+                for only, verdict in verdicts:
+                    if None in (family, only) or family is only:
+                        yield f"{match} {verdict}".strip()
 
     def verdicts(self, policy: Policy) -> tuple[tuple[Family | None, str], ...]:
         """Return what follows a match, by family if need be; `goto` ends the judging."""
@@ -118,14 +114,15 @@ class Judging:
         return self.classes.outcomes.index(outcome)
 
     def skips(self, needs: Sequence[Sequence[tuple[Need, ...] | None]]) -> Iterator[str]:
-        """Yield what leaves a chain for those that none of its policies can match: a rule for each family.
+        """Yield what leaves a chain for those that none of its policies can match: a rule for each of KINDS.
 
-        `needs` are those of its policies, by family.
+        `needs` are those of its policies, by kind.
         """
-        for family, some in zip(Family, needs, strict=True):
+        for (family, local), some in zip(KINDS, needs, strict=True):
             tests = self.expressions.unlike(need for one in some for need in one or ())
             if None not in some and len(tests) <= TESTS:
-                yield " ".join((f"meta nfproto ipv{family.version}", *tests, "return"))
+                way = OUT if local else IN
+                yield " ".join((f"meta nfproto ipv{family.version} {way}", *tests, "return"))
 
 
 def is_ranged(policy: Policy) -> bool:
@@ -140,10 +137,6 @@ def _reduced(balance: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
     return tuple((name, weight // common) for name, weight in balance)
 
 
-def _where(local: bool) -> str:
-    return "local" if local else "forward"
-
-
 Levels = tuple[tuple[str, tuple[int, ...]], ...]  # unit → levels at which its cgroups may lie
 
 
@@ -154,15 +147,14 @@ def judging_chains(config: Config, units: Levels, usable: frozenset[str]) -> tup
     They don't depend on the numbers of classes, so that it is this text which is made once.
     """
     judging = Judging(config, classify(config), usable, Expressions(dict(units)))
-    chains = [*judging.chains(local=False), *judging.chains(local=True)]
+    chains = tuple(judging.chains())
     return (*judging.expressions.sets.values(), *chains)
 
 
 @lru_cache(maxsize=4)
-def entrances(config: Config) -> tuple[str, ...]:
-    """Return the chains that must stand behind all others: see `Judging.entrance`."""
-    judging = Judging(config, classify(config), frozenset(), Expressions({}))
-    return (*judging.entrance(local=False), *judging.entrance(local=True))
+def entrance(config: Config) -> str:
+    """Return the chain that must stand behind all others: see `Judging.entrance`."""
+    return Judging(config, classify(config), frozenset(), Expressions({})).entrance()
 
 
 def balanced(standings: Mapping[Key, Standing]) -> frozenset[str]:

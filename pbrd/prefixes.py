@@ -7,6 +7,7 @@ it as it stands.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 Network = IPv4Network | IPv6Network
@@ -59,6 +60,7 @@ def versions(networks: Networks) -> frozenset[int]:
     return networks.versions if isinstance(networks, Prefixes) else frozenset(n.version for n in networks)
 
 
+@lru_cache(maxsize=1 << 14)  # the table asks four times for each list, of thousands of policies
 def listing(networks: Networks, version: int) -> tuple[str, int, bool]:
     """Return what a list has of an IP version: text, how many, and whether any address is in it."""
     if isinstance(networks, Prefixes):
@@ -66,10 +68,3 @@ def listing(networks: Networks, version: int) -> tuple[str, int, bool]:
         return (networks.ipv6 if place else networks.ipv4), networks.counts[place], networks.every[place]
     mine = [network for network in networks if network.version == version]
     return ", ".join(map(str, mine)), len(mine), any(network.prefixlen == 0 for network in mine)
-
-
-def some(networks: Networks) -> tuple[Network, ...]:
-    """Return a list for who only asks which IP versions occur: of a long one the first prefix of each."""
-    if not isinstance(networks, Prefixes):
-        return networks
-    return tuple(ip_network(text.partition(", ")[0]) for text in (networks.ipv4, networks.ipv6) if text)

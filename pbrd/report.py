@@ -86,6 +86,7 @@ class Report:
         self.generation = 1
         self.last_reload: status.ReloadStatus | None = None
         self.shown: status.Snapshot | None = None
+        self.said: snapshot.Said | None = None
         self._document: dict[str, Any] = {}
         self._written_for: tuple[object, ...] = ()
         self._fresh_until = 0.0
@@ -155,7 +156,7 @@ class Report:
             self.judge.slices() if self.netfilter.settled and not paused else {},
             time.time() - now,
         )
-        before = {policy.name: policy for policy in self.shown.policies} if self.shown else {}
+        self.said = snapshot.policies(view, self.said, now)
         known = self.shown.paused_since if self.shown else None
         return status.Snapshot(
             __version__,
@@ -163,7 +164,7 @@ class Report:
             self.generation,
             str(self.path),
             snapshot.uplinks(view, now),
-            snapshot.policies(view, before, now),
+            self.said.policies,
             self.drift.repairs + self.netfilter.repairs,
             self.last_reload,
             paused,

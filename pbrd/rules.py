@@ -18,7 +18,7 @@ from itertools import product
 
 from pbrd.classes import needs_nft, too_many, uses_nft
 from pbrd.objects import MAIN_TABLE, Action, Key, Link, Rule, Standing
-from pbrd.prefixes import some
+from pbrd.prefixes import versions
 from pbrd.settings import MAIN, Config, Fallback, Family, GatewayMode, Mark, Match, Network, Policy, Uplink
 
 ICMP, ICMPV6 = 1, 58
@@ -239,6 +239,12 @@ def address_rules(config: Config, family: Family, links: Mapping[str, Link]) -> 
                     yield from _first_look(config, family, source, uplink.table)
 
 
+@lru_cache(maxsize=8)
+def _overrides(config: Config) -> bool:
+    """Say whether some policy stands before main's specific routes."""
+    return any(policy.match.override_main for policy in config.policies)
+
+
 def _first_look(config: Config, family: Family, source: Network, table: int) -> Iterator[Rule]:
     """Yield the rules by which sockets of this host with the address `source` look for their way.
 
@@ -248,7 +254,7 @@ def _first_look(config: Config, family: Family, source: Network, table: int) -> 
     look = Rule(family, config.daemon.rule_priority + OWN_ADDRESS, Action.LOOKUP, table, source)
     look = replace(look, iif="lo", fwmark=plain)
     yield look
-    if any(policy.match.override_main for policy in config.policies):
+    if _overrides(config):
         yield replace(look, priority=look.priority + EARLY)
         specific = config.daemon.rule_priority + OWN_SPECIFIC + EARLY
         yield replace(look, priority=specific, table=MAIN_TABLE, suppress_prefixlength=0)
@@ -284,6 +290,7 @@ def policy_rules(
     return _policy_rules(config, family, order, tuple(sorted(links)) if patterns else ())
 
 
+@lru_cache(maxsize=8)
 def bands(config: Config) -> tuple[tuple[list[Policy], int, int], ...]:
     """Return the policies that are rules of their own, by bands, with first priority (relative) and width.
 
@@ -315,5 +322,5 @@ def policy_bands(config: Config) -> Iterator[tuple[Policy, int, int]]:
 @lru_cache(maxsize=8192)
 def policy_families(match: Match) -> tuple[Family, ...]:
     """Return the families in which `match` can match at all."""
-    few = replace(match, source=some(match.source), destination=some(match.destination))
-    return tuple(family for family in Family if selectors(few, family, [p[:-1] for p in match.iif]))
+    sides = [versions(side) for side in (match.source, match.destination) if side]
+    return tuple(family for family in Family if all(family.version in side for side in sides))

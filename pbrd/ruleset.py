@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pbrd.classes import Classification, classify, uses_nft
 from pbrd.eviction import ways_of
 from pbrd.expressions import any_of
-from pbrd.judging import Levels, chain, entrances, judging_chains
+from pbrd.judging import Levels, chain, entrance, judging_chains
 from pbrd.marks import ARRIVED, INBOUND, Marks, Numbers, marks_of, pin_of
 from pbrd.settings import Config, Failback, Fallback, Family, Uplink, has_nat
 from pbrd.units import set_of
@@ -153,14 +153,14 @@ class _Writer:
             self.restore_pin(),
             f"ct mark & {marks.classes:#x} vmap {{ {', '.join(known)} }}",
             f"meta mark set meta mark & {self.clear(marks.classes)}",
-            f"goto judge_{where}",
+            "goto judge",
         )
 
     def deciding(self) -> Iterator[str]:
         """Yield the chains that judge, and what becomes of those of whom no policy has said anything."""
         for part in judging_chains(self.config, self.units, self.usable):
             yield part
-            if part.startswith("chain decide_"):
+            if part.startswith("chain decide"):
                 name = part.split()[1]
                 undecided = f"meta mark & {self.marks.classes:#x} == 0x0 jump c0"
                 yield chain(name.replace("decide", "decided", 1), f"jump {name}", undecided, *STANDING)
@@ -262,7 +262,7 @@ class _Writer:
             *self.pin_chains(),
             *self.hooks(),
             *self.nat(),
-            *entrances(self.config),
+            entrance(self.config),
         ]
         units = (f"set {set_of(unit)} {{ type cgroupsv2; }}" for unit, _ in self.units)
         inside = "\n".join(f"\t{line}" for part in (*units, *OURS, *parts) for line in part.splitlines())
@@ -287,4 +287,5 @@ def text(
         return ""
     classes, spared = classify(config), tuple(sorted(tunnels))
     levels = tuple(sorted(units.items()))
-    return _Writer(config, marks_of(config), classes, block, levels, frozenset(usable), spared).text()
+    shared = frozenset(usable if any(policy.balance for policy in config.policies) else ())
+    return _Writer(config, marks_of(config), classes, block, levels, shared, spared).text()

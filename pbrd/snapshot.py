@@ -173,27 +173,39 @@ def _reachable(view: View, name: str, family: Family) -> bool:
     return path_fault(link, view.paths.hops[name, family]) is None
 
 
-def policies(view: View, before: Mapping[str, PolicyStatus], now: float) -> tuple[PolicyStatus, ...]:
+@dataclass(frozen=True, slots=True)
+class Said:
+    """The status of every policy, and what it depends on."""
+
+    config: Config
+    in_force: frozenset[str]
+    kinds: tuple[tuple[object, ...], ...]
+    policies: tuple[PolicyStatus, ...]
+
+
+def policies(view: View, before: Said | None, now: float) -> Said:
     """Return the status of every policy. `before` keeps `since` of those that did not change.
 
-    Policies that say the same go the same way: of thousands few must be worked out.
+    Policies that say the same go the same way: of thousands few must be worked out. If all is as before, it
+    is the very object, so that to compare it costs nothing.
     """
     moment = iso(view.clock + now)
-    worked_out: dict[tuple[int, bool], PolicyStatus] = {}
-    found = []
-    for kind, policy in _kinds(view.config):
-        is_on = policy.name in view.in_force
-        if (kind, is_on) not in worked_out:
-            worked_out[kind, is_on] = _policy(view, policy, is_on, moment)
-        status = worked_out[kind, is_on]
-        known = before.get(policy.name)
-        if known is None or (known.active, known.state) != (status.active, status.state):
-            found.append(replace(status, name=policy.name))
-        elif _says(known) == _says(status):
-            found.append(known)  # the very object: to compare it with the last one costs nothing
-        else:
-            found.append(replace(status, name=policy.name, since=known.since))
-    return tuple(found)
+    kinds = _kinds(view.config, view.in_force)
+    examples = dict(kinds)
+    worked_out = {kind: _policy(view, policy, kind[1], moment) for kind, policy in examples.items()}
+    says = tuple(map(_says, worked_out.values()))
+    if before and before.config is view.config and (before.in_force, before.kinds) == (view.in_force, says):
+        return before
+    known = {policy.name: policy for policy in before.policies} if before else {}
+    found = (_since(worked_out[kind], policy.name, known.get(policy.name)) for kind, policy in kinds)
+    return Said(view.config, view.in_force, says, tuple(found))
+
+
+def _since(status: PolicyStatus, name: str, known: PolicyStatus | None) -> PolicyStatus:
+    """Return `status` as that of the policy `name`, which was `known` so before."""
+    if known is None or (known.active, known.state) != (status.active, status.state):
+        return replace(status, name=name)
+    return known if _says(known) == _says(status) else replace(status, name=name, since=known.since)
 
 
 def _says(status: PolicyStatus) -> tuple[object, ...]:
@@ -203,13 +215,13 @@ def _says(status: PolicyStatus) -> tuple[object, ...]:
 
 
 @lru_cache(maxsize=2)
-def _kinds(config: Config) -> tuple[tuple[int, Policy], ...]:
-    """Return each policy with a number that it shares with those which say the same."""
+def _kinds(config: Config, in_force: frozenset[str]) -> tuple[tuple[tuple[int, bool], Policy], ...]:
+    """Return each policy with what those share which say the same: a number, and whether it is in force."""
     numbers: dict[object, int] = {}
     found = []
     for policy in config.all_policies:
         kind = (policy.via, policy.balance, policy.fallback, policy_families(policy.match))
-        found.append((numbers.setdefault(kind, len(numbers)), policy))
+        found.append(((numbers.setdefault(kind, len(numbers)), policy.name in in_force), policy))
     return tuple(found)
 
 
