@@ -2,6 +2,8 @@
 """forward.py WHAT: what policies cost packets and connections; a line of JSON.
 
 forward  packets/s through the router, in turns: the kernel alone, pbrd with no policy, with N mixed ones
+begin    likewise the connections/s that can begin
+load     N mixed policies: from fork to READY=1, and a reload with one more or less
 evict    N tracked connections, half of them on each uplink: from the death of one until its half is evicted,
          and how long the loop stood still meanwhile
 
@@ -55,7 +57,7 @@ def mixed(count):
 class Router:
     """A lab, with the daemon in its router if there is a config."""
 
-    def __init__(self, stack, config):
+    def __init__(self, stack, config, *, wait=True):
         self.lab = stack.enter_context(Lab())
         self.lab.nft(self.lab.net, f"table ip sink {{ chain in {{ {SINK} }}; }}")
         self.run = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -69,7 +71,7 @@ class Router:
             stack.callback(self.process.wait)
             stack.callback(self.process.terminate)
             begun = time.monotonic()
-            while not self.up():
+            while wait and not self.up():
                 if time.monotonic() - begun > 60:
                     raise SystemExit((self.run / "log").read_text())
                 time.sleep(0.02)
@@ -134,6 +136,57 @@ def forward(args):
         }
 
 
+def begin(args):
+    with ExitStack() as stack:
+        configs = {
+            "none": HEAD + UPLINKS + DEFAULT,
+            str(args.policies): HEAD + UPLINKS + mixed(args.policies) + DEFAULT,
+        }
+        routers = {name: Router(stack, config) for name, config in configs.items()}
+        rates = {name: [] for name in routers}
+        for router in routers.values():
+            router.lab.ip(router.lab.lan, "addr add 10.98.0.1/16 dev eth0")
+            router.lab.ip(router.lab.router, "route add 10.98.0.0/16 dev lan")
+        for run in range(args.runs):
+            for name, router in routers.items():
+                with raw(router.lab, "10.98.0.1") as made:
+                    begun = time.perf_counter()
+                    for n in range(5000):
+                        made.sendto(datagram(1024 + n, 10000 + run), (TARGETS[0], 0))
+                    rates[name].append(5000 / (time.perf_counter() - begun))
+        return {
+            "connections_per_s": {name: round(statistics.median(found)) for name, found in rates.items()},
+            "range": {name: [round(f(found)) for f in (min, max)] for name, found in rates.items()},
+        }
+
+
+def load(args):
+    config = HEAD + UPLINKS + mixed(args.policies) + DEFAULT
+    more = "[[policies]]\nname = 'more'\nmatch = { from = ['10.77.0.0/24'] }\nvia = ['lte']\n"
+    started, reloaded = [], []
+    for _ in range(args.runs):
+        with ExitStack() as stack:
+            notified = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            path = stack.enter_context(tempfile.TemporaryDirectory()) + "/notify"
+            notified.bind(path)
+            notified.settimeout(20)
+            os.environ["NOTIFY_SOCKET"] = path
+            begun = time.monotonic()
+            router = Router(stack, config, wait=False)
+            while b"READY=1" not in notified.recv(4096):
+                pass
+            started.append(time.monotonic() - begun)
+            for text in (config + more, config):
+                (router.run / "pbrd.toml").write_text(text)
+                begun = time.monotonic()
+                call(router.run, "Reload")
+                reloaded.append(time.monotonic() - begun)
+    seconds = {"start": started, "reload": reloaded}
+    return {
+        name: [round(f(found), 2) for f in (statistics.median, min, max)] for name, found in seconds.items()
+    }
+
+
 def evict(args):
     policies = "[[policies]]\nname = 'half'\nmatch = { from = ['10.99.0.0/16'] }\nvia = ['lte', 'fiber']\n"
     times, stalls, gone = [], [], []
@@ -170,13 +223,21 @@ def evict(args):
 def fill(lab, entries):
     """Make so many UDP connections, half of them from each net."""
     for source in ("10.98.0.1", "10.99.0.1"):
-        with lab.inside(lab.lan):
-            made = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
-        with made:
-            made.bind((source, 0))
+        with raw(lab, source) as made:
             for n in range(entries // 2):
-                header = struct.pack("!HHHH", 1024 + n % 60000, 10000 + n // 60000, 12, 0)
-                made.sendto(header + b"fill", (TARGETS[0], 0))
+                made.sendto(datagram(1024 + n % 60000, 10000 + n // 60000), (TARGETS[0], 0))
+
+
+def raw(lab, source):
+    """A socket of the LAN client for UDP from any port."""
+    with lab.inside(lab.lan):
+        made = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
+    made.bind((source, 0))
+    return made
+
+
+def datagram(sport, dport):
+    return struct.pack("!HHHH", sport, dport, 12, 0) + b"fill"
 
 
 def count(lab):
@@ -188,7 +249,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["forward", "evict"])
+    parser.add_argument("what", choices=["forward", "begin", "load", "evict"])
     parser.add_argument("--policies", type=int, default=5000)
     parser.add_argument("--entries", type=int, default=100000)
     parser.add_argument("--runs", type=int, default=10)

@@ -21,6 +21,7 @@ from typing import Any
 LIMIT = 30.0  # seconds for one hook
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL, and for the last hooks when the daemon stops
 QUEUE = 1000  # events
+UNSEEN = 20_000  # while we look whether there is a hook at all: thousands of policies may fail over at once
 OUTPUT_LINES = 50  # of one hook and one event
 LINE = 1000  # bytes of a line; what is longer becomes more lines
 CHUNK = 1 << 16
@@ -97,6 +98,7 @@ class Hooks:
         self.refused: dict[Path, str] = {}
         self.dropped = 0
         self._on = ""  # the event that hooks run on now
+        self._looking = False
         self._queue: deque[Mapping[str, str]] = deque()
         self._awake = asyncio.Event()
         self._idle = asyncio.Event()
@@ -106,7 +108,7 @@ class Hooks:
         """Have the hooks run with these facts (name → value), soon."""
         if _is_echo(self._on, facts):
             return
-        if len(self._queue) >= QUEUE:
+        while len(self._queue) >= (UNSEEN if self._looking else QUEUE):
             self._queue.popleft()
             if not self.dropped:
                 self.log.warning("hooks are too slow: the oldest events are dropped", waiting=QUEUE)
@@ -136,7 +138,11 @@ class Hooks:
                 facts, waiting = self._queue.popleft(), len(self._queue)
                 self._on = facts.get("event", "")
                 try:
-                    hooks = await asyncio.to_thread(self._look)
+                    self._looking = True
+                    try:
+                        hooks = await asyncio.to_thread(self._look)
+                    finally:
+                        self._looking = False
                     if not hooks:  # nor for what was waiting when we looked
                         for _ in range(min(waiting, len(self._queue))):
                             self._queue.popleft()
