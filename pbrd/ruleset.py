@@ -47,7 +47,8 @@ EXPECTED = tuple(
 )
 # Bits of `ct status` (linux/netfilter/nf_conntrack_common.h): past its first packet; has got another source;
 # the kernel has decided whether it shall.
-CONFIRMED, SNAT, DECIDED = 0x8, 0x10, 0x80
+CONFIRMED, SNAT, DNAT, DECIDED = 0x8, 0x10, 0x20, 0x80
+MIDSTREAM = f"meta l4proto 6 tcp flags & syn == 0x0 ct status & {DNAT:#x} == 0x0"
 HERE = "{ local, broadcast, multicast }"
 ND = "{ nd-router-solicit, nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert, nd-redirect }"
 
@@ -105,7 +106,14 @@ class _Writer:
             came = self.marks.class_(INBOUND) | pin
             repin = f"ct mark set ct mark & {self.clear(pins)} | {pin:#x}"
             yield chain(f"p{number}", f"meta mark set meta mark & {self.clear(pins)} | {pin:#x}")
+            half = self.marks.class_(ARRIVED) | pin
             yield chain(f"in{number}", f"ct mark set ct mark & {self.clear(every)} | {came:#x}")
+            yield chain(f"half{number}", f"ct mark set ct mark & {self.clear(every)} | {half:#x}")
+            back = f"meta mark set meta mark & {self.clear(every)} | {half:#x}"
+            yield chain(f"back{number}", back)
+            # What began before we were there, and is pinned where it came in: see `midstream`.
+            known = f"ct direction original ct mark & {pins:#x} == {pin:#x}"
+            yield chain(f"from{number}", f"{known} {back} accept")
             yield chain(
                 f"out{number}",
                 f"meta mark & {every:#x} == {every:#x} return",
@@ -115,8 +123,6 @@ class _Writer:
                 f"ct direction original ct mark & {pins:#x} == 0x0 {repin}",
                 f"ct direction original ct mark & {pins:#x} != {pin:#x} ct status & snat == 0 {repin}",
             )
-            here = f"meta mark set meta mark & {self.clear(every)} | {self.marks.class_(ARRIVED) | pin:#x}"
-            yield chain(f"back{number}", here)
 
     def unmasked(self, uplink: Uplink) -> Iterator[str]:
         """Drop what leaves without NAT though the uplink has it: the kernel decides that but once.
@@ -149,7 +155,9 @@ class _Writer:
             f"leaving_{where}",
             f"ct mark & {marks.classes:#x} == {marks.class_(INBOUND):#x} goto inbound",
             # Answers are not judged. Local ones stay unmarked, as the socket's own look has found their way.
-            f"ct direction reply {'return' if local else 'goto m0'}",
+            "ct direction reply return"
+            if local
+            else f"ct direction reply ct mark & {marks.pins:#x} == 0x0 goto m0",
             self.restore_pin(),
             f"ct mark & {marks.classes:#x} vmap {{ {', '.join(known)} }}",
             f"meta mark set meta mark & {self.clear(marks.classes)}",
@@ -169,8 +177,8 @@ class _Writer:
         pins = (f"{pin_of(self.marks, u):#x} : jump p{u.index + 1}" for u in self.uplinks)
         return f"ct mark & {self.marks.pins:#x} vmap {{ {', '.join(pins)} }}"
 
-    def by_interface(self, target: str) -> str:
-        ways = (f'"{u.interface}" : goto {target}{u.index + 1}' for u in self.uplinks)
+    def by_interface(self, target: str, verb: str = "goto") -> str:
+        ways = (f'"{u.interface}" : {verb} {target}{u.index + 1}' for u in self.uplinks)
         return f"vmap {{ {', '.join(ways)} }}"
 
     def hooks(self) -> Iterator[str]:
@@ -194,13 +202,17 @@ class _Writer:
             *EXPECTED,
             f"fib daddr type {HERE} goto arrived",
             "fib daddr oif missing return",
+            f"{MIDSTREAM} fib daddr oifname != {interfaces} goto midstream",
             f"fib daddr oifname != {interfaces} goto arrived",
         )
+        # TCP to a host in the LAN: nobody knows who has begun it, so what that host sends is judged.
+        yield chain("midstream", f"iifname {self.by_interface('half')}")
         yield chain(
             "by_uplink",
             f"ct state new ct mark & {marks.mask:#x} == 0x0 jump arriving",
             f"{came} goto by_uplink_inbound",
             "ct direction reply goto returned",
+            f"iifname {self.by_interface('from', 'jump')}",
             "goto passing",
         )
         yield chain("by_uplink_inbound", "ct direction original goto returned", "goto inbound")

@@ -2,13 +2,14 @@
 
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from signal import SIGKILL
 
 import pytest
-from conftest import HEAD, PROBE, MakeLab, StartDaemon, all_up, eventually, goes_by
+from conftest import HEAD, PROBE, UPLINKS, MakeLab, StartDaemon, all_up, eventually, goes_by
 from test_nat import NAT, bound, connected, families, served, start, talks
 
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab
@@ -132,6 +133,41 @@ def test_what_began_without_nat_begins_anew_with_it(
         eventually(lambda: all_up(pbrd))
         eventually(lambda: not sent(lab, private, client))
         assert sent(lab, "udp dport 40000", client).keys() == {"fiber"}
+
+
+@families
+def test_a_kill_switch_holds_for_what_began_before_nftables_was_in_use(
+    lab: Lab, daemon: StartDaemon, source: str, target: str
+) -> None:
+    """Nobody has tracked it, and what the other side sends looks like a connection from outside."""
+    pbrd = start(lab, daemon, HEAD + PROBE + UPLINKS + DEFAULT)
+    mac = lab.run(lab.lan, "cat", "/sys/class/net/eth0/address").stdout.strip()
+    switch = (
+        f'[[policies]]\nname = "s"\nmatch = {{ mac = "{mac}" }}\nvia = ["lte"]\nfallback = "unreachable"\n'
+    )
+    with talk(lab, source, target) as (client, peer):
+        stop = threading.Event()
+        client.settimeout(0.1)
+        peer.settimeout(0.1)
+        threads = [threading.Thread(target=pour, args=one) for one in ((peer, stop), (client, stop))]
+        for thread in threads:
+            thread.start()
+        assert pbrd.reload(HEAD + PROBE + UPLINKS + switch + DEFAULT).returncode == 0
+        counter = lab.counter("tcp dport 8080")
+        time.sleep(1)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert counter.read()["fiber"] == 0
+
+
+def pour(end: socket.socket, stop: threading.Event) -> None:
+    """Send without a rest, and take what comes."""
+    while not stop.wait(0.001):
+        with suppress(OSError):
+            end.send(b"x" * 1000)
+        with suppress(OSError):
+            end.recv(1 << 16, socket.MSG_DONTWAIT)
 
 
 @families
