@@ -151,7 +151,8 @@ def _read_utf8(path: str, pipe: bool = False) -> str:
             raise OSError(22, "not a regular file", path)
         return file.read_text(encoding="utf-8-sig")  # a byte order mark is no reason to refuse a file
     except PermissionError as error:
-        raise PermissionError(error.errno, f"{error.strerror} ({CONFINED})", path) from None
+        reason = f"{error.strerror} (who isn't root: try sudo; {CONFINED})"
+        raise PermissionError(error.errno, reason, path) from None
     except FileNotFoundError as error:
         if not path.startswith(("/tmp/", "/var/tmp/")):  # noqa: S108 - the unit has PrivateTmp=
             raise

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pbrd import __version__, changes, control, drains, events, names, offline, remarks, sources, systemd
+from pbrd import changes, control, drains, events, names, offline, remarks, sources, systemd
 from pbrd.drift import Drift
 from pbrd.errors import ConfigError, ControlError, KernelError, PbrdError
 from pbrd.judge import Judge
@@ -106,7 +106,7 @@ class Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals())  # `pbrd run` holds some back until now
         await self.take_over(self.config)
         loop.add_reader(routing, self.wake)  # what has happened meanwhile is still there
-        self.sinks.tell(events.started(__version__, str(self.path)))
+        self.report.started()
         for remark in remarks.still_drained(self.config, self.paths.drained):
             self.log.warning(remark)
         async with asyncio.TaskGroup() as group:
@@ -363,7 +363,7 @@ class Daemon:
         self.turn()
         after = self.report.snapshot(self.paused)
         if drained:
-            return {"remarks": remarks.drained(self.config, name, was, before, after)}
+            return {"remarks": remarks.drained(self.judge.current, name, was, before, after)}
         return {"remarks": remarks.undrained(name, was, after)}
 
     async def pause(self, _: dict[str, Any]) -> dict[str, Any]:

@@ -197,7 +197,7 @@ class Show:
 
     def summary(self, leaked: int) -> None:
         """Print the table of all acts, and the verdict."""
-        head = ("", "act", "lost", "longest gap", "new connections", "backups lost")
+        head = ("", "act", "lost", "longest gap", "all moved", "backups lost")
         widths = [max(map(len, column)) for column in zip(head, *self.rows, strict=True)]
         self.say("\nAs the LAN client saw it, 1,000 packets a second\n", "1")
         for row in (head, *self.rows):

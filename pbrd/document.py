@@ -30,6 +30,9 @@ SYNTAX_HINTS = {
     "Cannot overwrite a value": "the key stands there already; keep one",
     "Expected '=' after a key": "write KEY = VALUE; names with blanks need quotes",
     "Unclosed array": 'close it by "]"',
+    "Expected newline or end of document": 'strings need quotes, as in gateway = "10.0.0.1"',
+    "Invalid initial character for a key part": "a table in braces, { ... }, must stand on one line",
+    "Illegal character '\\n'": "a quote that closes the string is missing",
 }
 
 
@@ -110,6 +113,9 @@ def _syntax_error(message: str, text: str) -> tuple[str, str]:
         return "", f"is no valid TOML: {message}"
     lines = text.split("\n")
     what, place = found[1], found[2] or f"line {len(lines)}, column {len(lines[-1]) + 1}"
+    number = int(place.split(",")[0].split()[1])
+    if what.startswith("Cannot overwrite a value") and lines[number - 1].lstrip().startswith("[[policies]]"):
+        return place, _doubled("'policies'")
     if double := re.fullmatch(r"Cannot declare \((.*)\) twice", what, re.DOTALL):
         return place, _doubled(double[1])
     hint = next((f"; {hint}" for start, hint in SYNTAX_HINTS.items() if what.startswith(start)), "")
@@ -189,7 +195,8 @@ def unknown(noun: str, key: str, known: Iterable[str]) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean "X"?)`, or nothing if no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    known = list(known)
+    near = ["dport"] if name == "port" and "dport" in known else difflib.get_close_matches(name, known, n=1)
     return f' (did you mean "{near[0]}"?)' if near else ""
 
 

@@ -5,8 +5,8 @@ on standard error (`message`, `priority`, `IDS`, `facts`), hooks (`facts`), and 
 the `Monitor` of the control socket (`to_json`, and `from_journal` for what lies in the journal).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -121,6 +121,8 @@ def between(before: Snapshot, after: Snapshot, hops: Gateways = NONE) -> Iterato
     for uplink in after.uplinks:
         if uplink.name in uplinks:
             yield from _uplink(uplinks[uplink.name], uplink, hops)
+        else:
+            yield from down_at_first((uplink,))
     if before.paused or after.paused:  # a flush and a reload are events of their own
         return
     if before.policies is after.policies:
@@ -133,6 +135,13 @@ def between(before: Snapshot, after: Snapshot, hops: Gateways = NONE) -> Iterato
             continue  # nothing failed or healed: the reload that did it is an event
         if (known.active, known.state) != (policy.active, policy.state):
             yield _policy(known, policy, interfaces.get(policy.active or "", ""))
+
+
+def down_at_first(uplinks: Iterable[UplinkStatus]) -> Iterator[Event]:
+    """Yield an event for each of `uplinks`, seen for the first time, that is down."""
+    for uplink in uplinks:
+        if uplink.state == State.DOWN:
+            yield from _uplink(replace(uplink, state=State.STARTING.value), uplink, NONE)
 
 
 def _uplink(old: UplinkStatus, new: UplinkStatus, hops: Gateways) -> Iterator[Event]:

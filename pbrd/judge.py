@@ -41,6 +41,9 @@ class Judge:
         self.tell: Callable[[Members], object] = lambda _: None
         self.config = self.current = Config()
         self.names: frozenset[str] = frozenset()  # of the policies in force
+        self.remembered: frozenset[str] = (
+            frozenset()
+        )  # uplinks of which the kernel knew when we turned to them
         self.block = FIRST
         self.used = range(0)  # the numbers that the kernel's table gives
         self.turn = 0  # counts blocks
@@ -59,7 +62,9 @@ class Judge:
         `table` are the names of the chains in the kernel's table.
         """
         before = self.config
-        fresh = renumbered(config, adopted_numbers(config, state))
+        numbers = adopted_numbers(config, state)
+        self.remembered = frozenset(numbers)
+        fresh = renumbered(config, numbers)
         self.config = before if fresh == before else fresh  # caches know that one
         self._watch_units()
         self._minute = None

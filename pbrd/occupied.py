@@ -71,6 +71,7 @@ class _Occupied:
     def gateways_elsewhere(self) -> Iterator[Finding]:
         """Yield the families whose default others put into a table of theirs, so that "auto" finds none."""
         ours = (self.uplink.table, self.uplink.path_table)
+        found = self.uplink.interface not in self.machine.interfaces
         for family in self.machine.families:
             over = [
                 (table, r.route.gateway)
@@ -80,6 +81,7 @@ class _Occupied:
             ]
             there = [(table, gateway) for table, gateway in over if gateway and table not in ours]
             auto = self.uplink.gateway_of(family) is GatewayMode.AUTO
+            found |= bool(over) or not auto or (family, MAIN_TABLE) not in self.machine.routes
             if auto and there and all(table != MAIN_TABLE for table, _ in over):
                 key = "gateway" if family is Family.IPV4 else "gateway6"
                 yield Finding(
@@ -88,6 +90,13 @@ class _Occupied:
                     "learn "
                     f'it, but table {there[0][0]} has; set {key} = "{there[0][1]}"',
                 )
+        if not found:
+            yield Finding(
+                f"uplinks.{self.uplink.name}.gateway",
+                f'no table has a default route over "{self.uplink.interface}" now, from which "auto" would '
+                'learn it; unless one comes later (DHCP, PPP), write gateway = "ADDRESS" of the router there',
+                harmless=True,
+            )
 
     def learned(self, routes: Iterable[ForeignRoute]) -> str:
         """Say what else is needed where the gateway stands nowhere but in this table."""

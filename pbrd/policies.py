@@ -248,7 +248,9 @@ def _read_match(table: Table, keys: Keys, report: Report) -> Match:
 
 def _read_prefixes(table: Table, key: str, path: str, read_text: ReadText, report: Report) -> tuple[str, ...]:
     """Return the prefixes of a file, one a line, in canonical text; its problems are those of that file."""
-    file = str(PurePath(table.cells[key].file).parent / path)
+    config = table.cells[key].file
+    handed_over = config.startswith(("/dev/", "/proc/"))  # a pipe: it lies nowhere
+    file = path if handed_over else str(PurePath(config).parent / path)
     try:
         lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:

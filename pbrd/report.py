@@ -106,6 +106,13 @@ class Report:
         if systemd.listens():
             systemd.notify(f"STATUS={tables.line(status.outline(now))}")
 
+    def started(self) -> None:
+        """Tell that the kernel holds the plan, and which uplinks are down from the beginning."""
+        self.sinks.tell(events.started(__version__, str(self.path)))
+        uplinks = self.shown.uplinks if self.shown else ()
+        fresh = (uplink for uplink in uplinks if uplink.name not in self.judge.remembered)
+        self.sinks.tell(*events.down_at_first(fresh))
+
     def reloaded(self, changed: list[str]) -> None:
         """Tell that another config is in force; `changed` are the steps that it took."""
         self.generation += 1

@@ -68,7 +68,7 @@ def table(document: Document, now: datetime, *, colour: bool = False, history: H
     `now` (with a time zone, in which times are shown) gives the ages; `history` adds a sparkline of round
     trips for each uplink.
     """
-    head = UPLINK_HEAD if history is None else (*UPLINK_HEAD, "HISTORY")
+    head = UPLINK_HEAD if history is None else (*UPLINK_HEAD[:4], "HISTORY", *UPLINK_HEAD[4:])
     uplinks = [_uplink_row(uplink, now, history) for uplink in document.get("uplinks", ())]
     policies = [_policy_row(policy, now) for policy in document.get("policies", ())]
     blocks = [
@@ -133,7 +133,9 @@ def _uplink_row(uplink: Document, now: datetime, history: History | None) -> lis
         (", ".join(filter(None, (_gateway(uplink.get(f)) for f in ("ipv4", "ipv6")))) or "-", ""),
     ]
     if history is not None:
-        row.append((sparkline(history.get(uplink.get("name", "-"), ())), "cyan"))
+        row.insert(
+            4, (sparkline(history.get(uplink.get("name", "-"), ())), "cyan")
+        )  # terminals cut at the end
     return row
 
 

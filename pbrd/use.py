@@ -127,6 +127,8 @@ def _systemctl(uplink: str, arguments: list[str]) -> str:
     done = subprocess.run(["systemctl", *arguments], text=True, capture_output=True, check=False)
     if done.returncode:
         cause = (done.stderr.strip().splitlines() or [f"systemctl failed with {done.returncode}"])[0]
+        if os.geteuid() != 0 and "bus" in cause:  # no session, so no manager of this user's own
+            raise NeedsRoot(f"cannot use {uplink}: {cause}")
         raise PbrdError(f"cannot use {uplink}: {cause}")
     return done.stdout
 

@@ -15,7 +15,7 @@ from pbrd.tables import Document, table
 
 SECOND = 1.0
 SILENCE = 5.0  # seconds until a daemon that says nothing is called stuck
-HISTORY = 40  # values of a sparkline
+HISTORY = 30  # values of a sparkline: narrow terminals have room for that
 ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l"  # alternate screen, no cursor, long lines are cut, not wrapped
 LEAVE = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 

@@ -721,6 +721,28 @@ def test_thousands_of_policies_are_judged_at_once() -> None:
     assert time.process_time() - before < 1
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "remedy"),
+    [
+        ("[policies]\nname = 'a'\n[[policies]]\nname = 'b'", "line 3", "write each policy as [[policies]]"),
+        ("x = {\n a = 1 }", "line 1", "must stand on one line"),
+        ("[uplinks.a]\ngateway = 10.0.0.1", "line 2", "strings need quotes"),
+        ('[uplinks.a]\ninterface = "eth0\n', "line 2", "a quote that closes the string is missing"),
+    ],
+)
+def test_slips_of_syntax_come_with_a_remedy(text: str, place: str, remedy: str) -> None:
+    (problem,) = problems(text)
+    assert place in problem
+    assert remedy in problem
+
+
+def test_a_port_is_rather_one_of_the_other_side() -> None:
+    found = problems(
+        UPLINKS + "[[policies]]\nname = 'p'\nvia = 'fiber'\nmatch = { proto = 'tcp', port = 443 }"
+    )
+    assert any('did you mean "dport"?' in line for line in found)
+
+
 class TestFiles:
     def test_fragments_are_read_in_the_order_of_their_names(self, tmp_path: Path) -> None:
         (tmp_path / "conf.d").mkdir()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import HEAD, ROOT, UPLINKS, StartDaemon, as_nobody, eventually, let_others_in
+from conftest import HEAD, ROOT, UPLINKS, MakeLab, StartDaemon, as_nobody, eventually, let_others_in
 from hypothesis import given
 from hypothesis.strategies import text
 
@@ -81,6 +81,16 @@ def test_a_config_that_needs_nft_where_there_is_none(say: Say, monkeypatch: pyte
     monkeypatch.setattr(machine, "PROGRAMS", "/nowhere")
     assert say() == []
     one(say(NAT), "warning: nftables: nft is not installed", "apt-get install nftables")
+
+
+def test_a_gateway_that_nobody_tells(make_lab: MakeLab, tmp_path: Path) -> None:
+    lab = make_lab(defaults=False)
+    lab.ip(lab.router, "route add default dev fiber via 10.0.1.1")
+    with lab.inside(lab.router):
+        found = conflicts.findings(config_of(CONFIG), machine.look(config_of(CONFIG), tmp_path))
+        written = CONFIG.replace('interface = "lte"', 'interface = "lte"\ngateway = "10.0.2.1"')
+        assert not conflicts.findings(config_of(written), machine.look(config_of(written), tmp_path))
+    one([line(finding) for finding in found], "note: uplinks.lte.gateway:", 'write gateway = "ADDRESS"')
 
 
 # --- rules ------------------------------------------------------------------------------------

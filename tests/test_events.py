@@ -94,8 +94,13 @@ def test_a_transition_is_one_event_with_a_sentence(
 
 def test_nothing_happened_between_equal_snapshots_and_to_what_only_one_knows() -> None:
     assert list(events.between(NOW, NOW)) == []
-    assert list(events.between(replace(NOW, uplinks=(), policies=()), DOWN)) == []
+    assert list(events.between(replace(NOW, uplinks=(), policies=()), NOW)) == []
     assert list(events.between(DOWN, replace(NOW, uplinks=(), policies=()))) == []
+
+
+def test_an_uplink_that_is_down_when_it_is_first_seen_is_told() -> None:
+    (told,) = events.between(replace(NOW, uplinks=(), policies=()), DOWN)
+    assert (told.kind, told.old, told.new) == ("uplink-down", "starting", "down")
 
 
 @pytest.mark.parametrize("lost", [replace(V4, gateway=None, source=None), None])

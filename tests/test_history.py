@@ -57,6 +57,23 @@ def test_a_state_that_the_status_shows_has_been_told(lab: Lab, daemon: StartDaem
         lab.carrier(1, up=True)
 
 
+def test_an_uplink_that_is_down_from_the_start_is_told_but_once(lab: Lab, daemon: StartDaemon) -> None:
+    there, missing = '[uplinks.lte]\ninterface = "lte"\n', '[uplinks.dsl]\ninterface = "dsl"\n'
+    pbrd = daemon(lab, HEAD + PROBE + there + missing)
+
+    def told() -> list[tuple[str, str, str]]:
+        events = said(pbrd, "--uplink", "dsl")
+        return [(event["event"], event["new"], event["reason"]) for event in events]
+
+    eventually(lambda: told() == [("uplink-down", "down", "missing")])
+    pbrd.stop()
+    pbrd.restart()
+    assert said(pbrd)[0]["event"] == "started"
+    assert told() == []  # a restart is no news
+    assert pbrd.reload(HEAD + PROBE + there + missing.replace("dsl", "sat")).returncode == 0
+    assert [event["uplink"] for event in said(pbrd) if event["event"] == "uplink-down"] == ["sat"]
+
+
 def test_the_past_as_json_is_whole_and_can_be_filtered(failed_over: Daemon) -> None:
     everything = said(failed_over)
     assert everything[0]["event"] == "started"
