@@ -100,7 +100,7 @@ def in_turn(config: Config) -> tuple[Policy, ...]:
     return tuple(sorted(config.policies, key=lambda policy: not policy.match.override_main))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def classify(config: Config) -> Classification:
     """Return the classes that the policies of `config` can make, in the order in which they arise."""
     classes: list[Class] = [UNDECIDED]
@@ -158,7 +158,7 @@ def weight(policy: Policy) -> int:
     return product * (len(policy.via) + 1)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def too_many(config: Config) -> bool:
     """Say whether the policies are too many to be rules of their own: each costs every packet 17 ns."""
     return sum(weight(policy) for policy in config.policies if not needs_nft(policy)) > NATIVE_RULES
@@ -171,7 +171,7 @@ def concerns(match: Match, local: bool) -> bool:
     return not (match.user or match.group or match.unit) and match.iif != ("lo",)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def hidden_switches(config: Config) -> tuple[Policy, ...]:
     """Return the kill switches for the traffic of others of which nftables alone knows."""
     many = too_many(config)
@@ -189,7 +189,7 @@ def guards_early(config: Config) -> bool:
     return any(policy.match.override_main for policy in hidden_switches(config))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def uses_nft(config: Config) -> bool:
     """Say whether an uplink or a policy needs nftables, or the policies are too many for rules."""
     nat = any(uplink.enabled and (uplink.nat or uplink.nat6) for uplink in config.uplinks)

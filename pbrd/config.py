@@ -38,7 +38,7 @@ from pbrd.document import (
 )
 from pbrd.errors import ConfigError
 from pbrd.policies import Lookup, ReadText, Surroundings, keys_among, read_default, read_policy
-from pbrd.settings import Config, Daemon, Failback, OnStop, Policy, Uplink
+from pbrd.settings import Config, Daemon, Failback, OnStop, Policy, Uplink, the_same
 from pbrd.uplinks import HIGHEST_TABLE, read_uplinks
 from pbrd.values import shown
 
@@ -212,7 +212,7 @@ def _judged(
     _judge_names(found, report)
     default = root.tables.get("default")
     last = read_default(default, keys, report) if default else None
-    config = Config(daemon, uplinks, tuple(policy for _, policy in found), last)
+    config = the_same(Config(daemon, uplinks, tuple(policy for _, policy in found), last))
     if not allow_unsupported:
         _report_gaps(root, config, [*found, *([(default, last)] if default and last else [])], report)
     _judge_room(config, found, report)

@@ -10,7 +10,7 @@ from datetime import datetime
 from itertools import count
 
 from pbrd.schedule import active
-from pbrd.settings import Config, Fallback, Match, Policy
+from pbrd.settings import Config, Fallback, Match, Policy, the_same
 from pbrd.units import slice_of
 
 
@@ -29,7 +29,7 @@ def effective(config: Config, now: datetime, slices: Iterable[str]) -> Config:
         if slice_of(u.name) in there
     ]
     timely = (policy for policy in config.policies if is_on(policy, now))
-    return replace(config, policies=(*bound, *timely))
+    return the_same(replace(config, policies=(*bound, *timely)))
 
 
 def is_on(policy: Policy, now: datetime) -> bool:
@@ -48,9 +48,5 @@ def renumbered(config: Config, numbers: Mapping[str, int]) -> Config:
     """Return `config` with uplinks that are in `numbers` numbered so, and the others by the free ones."""
     known = {u.name: numbers[u.name] for u in config.uplinks if u.name in numbers}
     free = (number for number in count() if number not in known.values())
-    return replace(
-        config,
-        uplinks=tuple(
-            replace(u, index=known[u.name] if u.name in known else next(free)) for u in config.uplinks
-        ),
-    )
+    uplinks = (replace(u, index=known[u.name] if u.name in known else next(free)) for u in config.uplinks)
+    return the_same(replace(config, uplinks=tuple(uplinks)))

@@ -6,7 +6,6 @@ addresses, and ranges are rules of their own, as long as these are few.
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import product
 
 from pbrd.classes import concerns
@@ -204,7 +203,6 @@ def _by_length(compared: str, networks: Networks, family: Family) -> list[str]:
     return found
 
 
-@lru_cache(maxsize=8192)
 def is_long(match: Match) -> bool:
     """Say whether `match` needs sets of ranges and prefixes, as rules instead of them would be too many."""
     sides = (match.source, match.destination)

@@ -64,8 +64,7 @@ class Judge:
         before = self.config
         numbers = adopted_numbers(config, state)
         self.remembered = frozenset(numbers)
-        fresh = renumbered(config, numbers)
-        self.config = before if fresh == before else fresh  # caches know that one
+        self.config = renumbered(config, numbers)
         self._watch_units()
         self._minute = None
         if before == Config():

@@ -60,11 +60,15 @@ def versions(networks: Networks) -> frozenset[int]:
     return networks.versions if isinstance(networks, Prefixes) else frozenset(n.version for n in networks)
 
 
-@lru_cache(maxsize=1 << 14)  # the table asks four times for each list, of thousands of policies
 def listing(networks: Networks, version: int) -> tuple[str, int, bool]:
     """Return what a list has of an IP version: text, how many, and whether any address is in it."""
     if isinstance(networks, Prefixes):
         place = version == 6
         return (networks.ipv6 if place else networks.ipv4), networks.counts[place], networks.every[place]
+    return _listed(networks, version)
+
+
+@lru_cache(maxsize=1 << 14)  # the table asks several times for each of thousands of lists
+def _listed(networks: tuple[Network, ...], version: int) -> tuple[str, int, bool]:
     mine = [network for network in networks if network.version == version]
     return ", ".join(map(str, mine)), len(mine), any(network.prefixlen == 0 for network in mine)

@@ -239,7 +239,7 @@ def address_rules(config: Config, family: Family, links: Mapping[str, Link]) -> 
                     yield from _first_look(config, family, source, uplink.table)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _overrides(config: Config) -> bool:
     """Say whether some policy stands before main's specific routes."""
     return any(policy.match.override_main for policy in config.policies)
@@ -290,7 +290,7 @@ def policy_rules(
     return _policy_rules(config, family, order, tuple(sorted(links)) if patterns else ())
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def bands(config: Config) -> tuple[tuple[list[Policy], int, int], ...]:
     """Return the policies that are rules of their own, by bands, with first priority (relative) and width.
 
@@ -319,7 +319,6 @@ def policy_bands(config: Config) -> Iterator[tuple[Policy, int, int]]:
             yield policy, first, first + stride
 
 
-@lru_cache(maxsize=8192)
 def policy_families(match: Match) -> tuple[Family, ...]:
     """Return the families in which `match` can match at all."""
     sides = [versions(side) for side in (match.source, match.destination) if side]
