@@ -9,6 +9,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+from pbrd.classes import concerns, uses_nft
 from pbrd.errors import Problem
 from pbrd.prefixes import versions
 from pbrd.settings import (
@@ -100,6 +101,7 @@ def warnings(config: Config) -> tuple[str, ...]:
         *_nat_of_nothing(config),
         *_without_a_family(config),
         *_local_macs(config),
+        *_fragments(config),
     )
 
 
@@ -158,6 +160,22 @@ def _local_macs(config: Config) -> Iterator[str]:
             yield (
                 f"{_place(policy)}: never matches, as traffic of this machine ({local[0]}) has no "
                 "source MAC; leave one of them out"
+            )
+
+
+def _fragments(config: Config) -> Iterator[str]:
+    """Yield a line for each kill switch with ports that rules alone keep: fragments have none."""
+    for policy in config.policies:
+        match = policy.match
+        if (
+            policy.fallback in KILL_SWITCHES
+            and (match.sport or match.dport)
+            and concerns(match, local=False)
+            and not uses_nft(config)
+        ):
+            yield (
+                f"{_place(policy)}: fragments have no ports for the kernel's rules, so forwarded datagrams "
+                "of more than a packet get past this kill switch; set nat = true on an uplink, or ask for no port"
             )
 
 

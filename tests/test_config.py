@@ -676,6 +676,13 @@ def test_tables_are_filled_up_in_order(wanted: list[int | None], base: int, ids:
              'leave one of them out'],
         ),
         (SIX + "match = { mac = '52:54:00:00:00:01', iif = ['lo', 'lan0'] }\nvia = 'a'", []),
+        (
+            SIX + "match = { proto = 'udp', dport = 53 }\nvia = 'a'\nfallback = 'blackhole'",
+            ["policies.p: fragments have no ports for the kernel's rules, so forwarded datagrams of more than a "
+             "packet get past this kill switch; set nat = true on an uplink, or ask for no port"],
+        ),
+        (SIX + "match = { proto = 'udp', dport = 53, iif = 'lo' }\nvia = 'a'\nfallback = 'blackhole'", []),
+        (SIX + "match = { proto = 'udp', dport = 53 }\nvia = 'a'", []),
     ],
 )  # fmt: skip
 def test_what_was_hardly_meant_is_warned_of(text: str, lines: list[str]) -> None:
