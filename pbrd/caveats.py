@@ -175,7 +175,8 @@ def _fragments(config: Config) -> Iterator[str]:
         ):
             yield (
                 f"{_place(policy)}: fragments have no ports for the kernel's rules, so forwarded datagrams "
-                "of more than a packet get past this kill switch; set nat = true on an uplink, or ask for no port"
+                "of more than a packet get past this kill switch; set nat = true on an uplink, or ask for "
+                "no port"
             )
 
 
