@@ -678,8 +678,8 @@ def test_tables_are_filled_up_in_order(wanted: list[int | None], base: int, ids:
         (SIX + "match = { mac = '52:54:00:00:00:01', iif = ['lo', 'lan0'] }\nvia = 'a'", []),
         (
             SIX + "match = { proto = 'udp', dport = 53 }\nvia = 'a'\nfallback = 'blackhole'",
-            ["policies.p: fragments have no ports for the kernel's rules, so forwarded datagrams of more than "
-             "a packet get past this kill switch; set nat = true on an uplink, or ask for no port"],
+            ["policies.p: fragments have no ports for the kernel's rules, so forwarded datagrams of more "
+             "than a packet get past this kill switch; set nat = true on an uplink, or ask for no port"],
         ),
         (SIX + "match = { proto = 'udp', dport = 53, iif = 'lo' }\nvia = 'a'\nfallback = 'blackhole'", []),
         (SIX + "match = { proto = 'udp', dport = 53 }\nvia = 'a'", []),
