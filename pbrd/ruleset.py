@@ -41,7 +41,7 @@ NOTES = tuple(
     for n, ip in ((4, "ip"), (6, "ip6"))
 )
 EXPECTED = tuple(
-    f"meta nfproto ipv{n} meta l4proto {{ 6, 17 }} "
+    f"ct state new meta nfproto ipv{n} meta l4proto {{ 6, 17 }} "
     f"{ip} saddr . meta l4proto . th sport . th dport @ours{n} drop"
     for n, ip in ((4, "ip"), (6, "ip6"))
 )
@@ -209,7 +209,8 @@ class _Writer:
         yield chain("midstream", f"iifname {self.by_interface('half')}")
         yield chain(
             "by_uplink",
-            f"ct state new ct mark & {marks.mask:#x} == 0x0 jump arriving",
+            # Not only new ones: while a first table is loaded the kernel tracks already, without us.
+            f"ct direction original ct mark & {marks.mask:#x} == 0x0 jump arriving",
             f"{came} goto by_uplink_inbound",
             "ct direction reply goto returned",
             f"iifname {self.by_interface('from', 'jump')}",
