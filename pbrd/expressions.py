@@ -114,6 +114,9 @@ class Expressions:
     def shared(self, compared: str, values: Collection[str]) -> str:
         """Return a set, or the name of one where it is long: both directions and families share it."""
         elements = ", ".join(values)
+        if compared.startswith("th ") and len(values) == 1 and "-" not in elements:
+            # nft makes one comparison of two ports: "th sport != 22 th dport != 36" would be "not both".
+            return f"{elements}-{elements}"
         kind = SHARED.get(compared)
         if kind is None or len(values) <= LONG:
             return f"{{ {elements} }}"

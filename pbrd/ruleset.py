@@ -28,23 +28,7 @@ from pbrd.units import set_of
 BEHIND_DNAT = -90  # what leaves is judged, as by rules; and marks of others are set by then (mangle, -150)
 # While the table goes its chains are still asked, with empty maps: what they have said is void.
 STANDING = ("meta nfproto vmap { ipv4 : accept, ipv6 : accept }", "drop")
-# Whom connections with `failback = "immediate"` talk to. They are forgotten to begin anew elsewhere, and the
-# other side may be faster: its packet would begin one, from outside, that stays here. So such wait for ours.
-OURS = tuple(
-    f"set ours{n} {{ type ipv{n}_addr . inet_proto . inet_service . inet_service; size 65536; "
-    "flags dynamic, timeout; timeout 20s; }"  # shorter than a UDP connection lives without an answer
-    for n in (4, 6)
-)
-NOTES = tuple(
-    f"meta nfproto ipv{n} meta l4proto {{ 6, 17 }} "
-    f"update @ours{n} {{ {ip} daddr . meta l4proto . th dport . th sport }}"
-    for n, ip in ((4, "ip"), (6, "ip6"))
-)
-EXPECTED = tuple(
-    f"ct state new meta nfproto ipv{n} meta l4proto {{ 6, 17 }} "
-    f"{ip} saddr . meta l4proto . th sport . th dport @ours{n} drop"
-    for n, ip in ((4, "ip"), (6, "ip6"))
-)
+TALKS = (("ip", 4), ("ip6", 6))
 # Bits of `ct status` (linux/netfilter/nf_conntrack_common.h): past its first packet; has got another source;
 # the kernel has decided whether it shall.
 CONFIRMED, SNAT, DNAT, DECIDED = 0x8, 0x10, 0x20, 0x80
@@ -83,14 +67,13 @@ class _Writer:
 
         No policy has a say behind a class that doesn't go on to the next one.
         """
-        keep, ways = self.clear(self.marks.classes), tuple(ways_of(self.config))
+        keep = self.clear(self.marks.classes)
         for place, one in enumerate(self.classes.classes):
             value = self.class_(place)
             packet = f"meta mark set meta mark & {keep} | {value}"
             ends = STANDING if one.end is not Fallback.NEXT else ()
-            note = NOTES if ways[place].failback is Failback.IMMEDIATE else ()
-            yield chain(f"c{place}", packet, f"ct mark set ct mark & {keep} | {value}", *note, *ends)
-            yield chain(f"m{place}", packet, *note)
+            yield chain(f"c{place}", packet, f"ct mark set ct mark & {keep} | {value}", *ends)
+            yield chain(f"m{place}", packet)
 
     def outcome_chains(self) -> Iterator[str]:
         """`oN` is what outcome N makes of the class that a connection has so far."""
@@ -119,6 +102,7 @@ class _Writer:
                 f"meta mark & {every:#x} == {every:#x} return",
                 f"ct mark & {self.marks.classes:#x} == {self.marks.class_(INBOUND):#x} return",
                 *self.unmasked(uplink),
+                *self.notes(number),
                 # What others have bound to an uplink's address (snat) keeps the pin by which it is evicted.
                 f"ct direction original ct mark & {pins:#x} == 0x0 {repin}",
                 f"ct direction original ct mark & {pins:#x} != {pin:#x} ct status & snat == 0 {repin}",
@@ -135,13 +119,56 @@ class _Writer:
             if not has_nat(uplink, family):
                 continue
             flow = f"meta nfproto ipv{family.version} ct direction original"
-            old, foreign = f"{flow} ct status &", "fib saddr type != local"
-            yield f"{old} {CONFIRMED | SNAT:#x} == {CONFIRMED:#x} {foreign} goto gone"
-            yield f"{old} {CONFIRMED | DECIDED:#x} == {CONFIRMED:#x} goto gone"
+            plain = f"{flow} ct status & {CONFIRMED | SNAT:#x} == {CONFIRMED:#x}"
+            yield f"{plain} fib saddr type != local goto gone"
+            # Of this host, with an address from elsewhere. What is masqueraded the kernel ends itself.
+            fresh = f"ct mark & {self.marks.pins:#x} {{ 0x0, {pin_of(self.marks, uplink):#x} }}"
+            yield f"{plain} {fresh} fib saddr . oif type != local goto gone"
+            yield f"{flow} ct status & {CONFIRMED | DECIDED:#x} == {CONFIRMED:#x} goto gone"
             bare = [f"{pin_of(self.marks, other):#x}" for other in self.uplinks if not has_nat(other, family)]
             if bare:
                 moved = f"ct mark & {self.marks.pins:#x} {any_of(bare)}"
                 yield f"{flow} {moved} ct status & {SNAT:#x} == 0x0 goto gone"
+
+    # Whom connections with `failback = "immediate"` talk to, by the uplink that they leave by. They are
+    # forgotten to begin anew elsewhere, and the other side may be faster: its packet would begin one, from
+    # outside, that stays on this uplink. So what such send waits here until ours has come.
+
+    @property
+    def immediate(self) -> list[str]:
+        """Return the classes of such connections, as packets bear them."""
+        ways = enumerate(ways_of(self.config))
+        return [self.class_(place) for place, way in ways if way.failback is Failback.IMMEDIATE]
+
+    def talks(self) -> Iterator[str]:
+        """Yield the sets, one for each uplink and family."""
+        for uplink in self.uplinks if self.immediate else ():
+            for ip, version in TALKS:
+                kind = f"ipv{version}_addr . inet_proto . inet_service . inet_service"
+                # Shorter than a UDP connection lives without an answer.
+                life = "size 65536; flags dynamic, timeout; timeout 20s;"
+                yield f"set ours{uplink.index + 1}_{ip} {{ type {kind}; {life} }}"
+
+    def notes(self, number: int) -> Iterator[str]:
+        """Yield what remembers with whom a packet talks that leaves by uplink `number`."""
+        if self.immediate:
+            mark = f"meta mark & {self.marks.classes:#x} {any_of(self.immediate)}"
+            for ip, version in TALKS:
+                talk = f"{ip} daddr . meta l4proto . th dport . th sport"
+                yield (
+                    f"{mark} meta nfproto ipv{version} meta l4proto {{ 6, 17 }} "
+                    f"update @ours{number}_{ip} {{ {talk} }}"
+                )
+
+    def expected(self) -> Iterator[str]:
+        """Yield what lets the other side's packets begin no connection."""
+        for uplink in self.uplinks if self.immediate else ():
+            for ip, version in TALKS:
+                talk = f"{ip} saddr . meta l4proto . th sport . th dport"
+                yield (
+                    f'iifname "{uplink.interface}" ct state new meta nfproto ipv{version} '
+                    f"meta l4proto {{ 6, 17 }} {talk} @ours{uplink.index + 1}_{ip} drop"
+                )
 
     # --- hooks --------------------------------------------------------------------------------
 
@@ -199,7 +226,7 @@ class _Writer:
         yield chain("arrived", f"iifname {self.by_interface('in')}")
         yield chain(
             "arriving",
-            *EXPECTED,
+            *self.expected(),
             f"fib daddr type {HERE} goto arrived",
             "fib daddr oif missing return",
             f"{MIDSTREAM} fib daddr oifname != {interfaces} goto midstream",
@@ -278,7 +305,9 @@ class _Writer:
             entrance(self.config),
         ]
         units = (f"set {set_of(unit)} {{ type cgroupsv2; }}" for unit, _ in self.units)
-        inside = "\n".join(f"\t{line}" for part in (*units, *OURS, *parts) for line in part.splitlines())
+        inside = "\n".join(
+            f"\t{line}" for part in (*units, *self.talks(), *parts) for line in part.splitlines()
+        )
         return f"table inet pbrd {{\n{inside}\n}}\n"
 
 

@@ -147,3 +147,19 @@ def test_who_comes_by_one_uplink_and_leaves_by_another_is_judged(
     lab.carrier(1, up=False)
     eventually(lambda: pbrd.uplink("lte")["state"] == "down")
     assert lab.exit_of(src=source, dst=target) is None
+
+
+@pytest.mark.parametrize(("source", "target"), [(LAN[0], TARGETS[0]), (LAN6[0], TARGETS6[0])])
+def test_a_group_with_one_port_of_each_side_is_skipped_only_by_who_has_neither(
+    lab: Lab, daemon: StartDaemon, source: str, target: str
+) -> None:
+    """nft makes one comparison of two ports: "neither" became "not both", and a kill switch was skipped."""
+    one = policy("{ proto = 'udp', sport = 22 }", 'via = ["fiber"]', name="one")
+    secret = policy("{ proto = 'udp', dport = 36 }", name="secret")
+    others = "".join(
+        policy(f"{{ mac = '52:54:00:00:00:{n:02x}' }}", 'via = ["fiber"]', name=f"m{n}") for n in range(40)
+    )
+    daemon(lab, BASE + one + secret + others + DEFAULT)
+    assert lab.exit_of(src=source, dst=target, dport=36) == "lte"
+    assert lab.exit_of(src=source, dst=target, sport=22, dport=36) == "fiber"
+    assert lab.exit_of(src=source, dst=target, dport=37) == "fiber"

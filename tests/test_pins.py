@@ -12,6 +12,7 @@ import pytest
 from conftest import HEAD, PROBE, UPLINKS, MakeLab, StartDaemon, all_up, eventually, goes_by
 from test_nat import NAT, bound, connected, families, served, start, talks
 
+from pbrd.errors import LabError
 from pbrd.lab import LAN, LAN6, TARGETS, TARGETS6, Lab
 
 DSL = '[uplinks.dsl]\ninterface = "dsl"\nnat = true\nnat6 = true\n'
@@ -216,3 +217,74 @@ def test_services_answer_while_a_policy_before_main_holds_this_machine_back(
         peer, _ = server.accept()
         with closing(client), closing(peer):
             assert talks(client, peer)
+
+
+def test_a_flow_with_an_address_from_elsewhere_is_masqueraded_when_it_comes_to_an_uplink(
+    lab: Lab, daemon: StartDaemon
+) -> None:
+    """It went through somebody's tunnel, whose route is gone: no answer could find back."""
+    start(lab, daemon, HEAD + PROBE + NAT + DEFAULT)
+    lab.ip(
+        lab.router,
+        f"""link add tun9 type veth peer name tun9p
+        link set dev tun9 up
+        link set dev tun9p up
+        addr add 10.99.0.2/32 dev tun9
+        route add {TARGETS[0]}/32 dev tun9 src 10.99.0.2
+        neigh replace {TARGETS[0]} lladdr 02:00:00:00:00:99 dev tun9""",
+    )
+    with bound(lab, lab.router, "", 7777) as near:
+        near.connect((TARGETS[0], 7777))
+        sent(lab, "udp dport 7777", near)
+        lab.ip(lab.router, f"route del {TARGETS[0]}/32")
+        eventually(lambda: sent(lab, f"ip saddr {lab.uplinks[0].address} udp dport 7777", near), within=15)
+        assert not sent(lab, "ip saddr 10.99.0.2", near)
+
+
+TFTP = """table ip helped { ct helper tftp { type "tftp" protocol udp; };
+chain pre { type filter hook prerouting priority filter; udp dport 69 ct helper set "tftp"; }; }"""
+
+
+@pytest.mark.parametrize("override", ["", ", override_main = true"])
+def test_related_connections_are_answered_where_they_come_in(
+    lab: Lab, daemon: StartDaemon, override: str
+) -> None:
+    """The other side opens a second connection, which the kernel's helper expects (FTP, SIP, TFTP)."""
+    match = f'{{ from = ["{LAN[1]}"]{override} }}'
+    backups = f'[[policies]]\nname = "b"\nmatch = {match}\nvia = ["lte", "fiber"]\n'
+    start(lab, daemon, HEAD + PROBE + NAT + backups + DEFAULT)
+    try:
+        for space in (lab.router, lab.uplinks[1].isp):
+            lab.nft(space, TFTP)
+    except LabError as error:
+        pytest.skip(f"no helper for TFTP in this kernel: {error}")
+    server, data = bound(lab, lab.net, TARGETS[0], 69), bound(lab, lab.net, TARGETS[0], 4567)
+    with server, data, bound(lab, lab.lan, LAN[1], 2345) as client:
+        for one in (server, data, client):
+            one.settimeout(2)
+        client.sendto(b"\0\1file\0octet\0", (TARGETS[0], 69))
+        data.sendto(b"\0\3\0\1data", server.recvfrom(100)[1])
+        assert client.recv(100) == b"\0\3\0\1data"
+        acknowledged = lab.counter("udp dport 4567")
+        client.sendto(b"\0\4\0\1", (TARGETS[0], 4567))
+        assert data.recv(100) == b"\0\4\0\1"
+        assert acknowledged.read() == {"fiber": 0, "lte": 1}
+
+
+def test_immediate_failback_holds_nobody_off_who_talks_to_another_uplink(
+    lab: Lab, daemon: StartDaemon
+) -> None:
+    """Two tunnels to one peer, with the same ports."""
+    there = f'from = ["{lab.uplinks[1].address}"]'
+    second = f'[[policies]]\nname = "b"\nmatch = {{ {there} }}\nvia = ["lte"]\n'
+    start(lab, daemon, HEAD + PROBE + NAT + second + DEFAULT + 'failback = "immediate"\n')
+    lab.ip(lab.net, f"route replace {lab.uplinks[1].address} via {lab.uplinks[1].wan}")
+    first = bound(lab, lab.router, lab.uplinks[0].address, 4500)
+    other = bound(lab, lab.router, lab.uplinks[1].address, 4500)
+    with first, other, bound(lab, lab.net, TARGETS[0], 4500) as peer:
+        for one in (other, peer):
+            one.settimeout(2)
+        first.sendto(b"one", (TARGETS[0], 4500))
+        assert peer.recv(100) == b"one"
+        peer.sendto(b"two", (lab.uplinks[1].address, 4500))
+        assert other.recv(100) == b"two"
