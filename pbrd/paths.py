@@ -15,6 +15,8 @@ from pbrd.settings import Config, Family, GatewayMode
 
 # Seconds that a gateway may be missing: networkd restarts and DHCP renewals take it away for a moment.
 GATEWAY_HOLD = 0.5
+# And in which its routes stay: whoever replaces a default by deleting it first is not done yet.
+ROUTES_HOLD = 0.02
 
 
 class Paths:
@@ -61,12 +63,15 @@ class Paths:
         for key, health in self.healths.items():
             uplink = self.config.uplink(key[0])
             link = links.get(uplink.interface)
+            known = self.hops[key]
             self.hops[key] = hop = next_hop(uplink, key[1], link, defaults)
             if hop is not None or not isinstance(uplink.gateway_of(key[1]), GatewayMode):
                 self.seen.add(key)
             fault = path_fault(link, hop)
             rest = self._hold(key, fault, now)
             if rest > 0:
+                if known is not None and rest > GATEWAY_HOLD - ROUTES_HOLD and _has_address(link, key[1]):
+                    self.hops[key], rest = known, rest - (GATEWAY_HOLD - ROUTES_HOLD)
                 again = rest if again is None else min(again, rest)
             else:
                 self._gone.pop(key, None)
@@ -106,6 +111,11 @@ def standings_of(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Standing]:
         (row["uplink"], Family(row["family"])): Standing(row["usable"], row["preferred"], row["drained"])
         for row in rows
     }
+
+
+def _has_address(link: Link | None, family: Family) -> bool:
+    """Say whether a gateway can be reached over `link`: without an address the kernel takes no route to it."""
+    return link is not None and any(a.local.version == family.version for a in link.addresses)
 
 
 def _state(standing: Standing | None) -> State:
