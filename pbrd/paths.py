@@ -114,7 +114,7 @@ def standings_of(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Standing]:
 
 
 def _has_address(link: Link | None, family: Family) -> bool:
-    """Say whether a gateway can be reached over `link`: without an address the kernel takes no route to it."""
+    """Say whether a gateway can be reached over `link`: the kernel takes no route without an address."""
     return link is not None and any(a.local.version == family.version for a in link.addresses)
 
 
