@@ -26,6 +26,7 @@ from pbrd.settings import (
     Policy,
     Range,
     Uplink,
+    has_nat,
 )
 
 Gap = tuple[str, Callable[[Any], object], str]  # key, whether it is used, the remedy
@@ -118,8 +119,8 @@ def _wrong_sources(config: Config) -> Iterator[str]:
 
 def _nat_of_nothing(config: Config) -> Iterator[str]:
     for uplink in config.uplinks:
-        for family, key, nat in ((Family.IPV4, "nat", uplink.nat), (Family.IPV6, "nat6", uplink.nat6)):
-            if nat and uplink.gateway_of(family) is GatewayMode.OFF:
+        for family, key in ((Family.IPV4, "nat"), (Family.IPV6, "nat6")):
+            if has_nat(uplink, family) and uplink.gateway_of(family) is GatewayMode.OFF:
                 gateway = GATEWAY_KEYS[family]
                 yield (
                     f'uplinks.{uplink.name}.{key}: does nothing, as {gateway} is "off"; leave one of them out'

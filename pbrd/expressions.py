@@ -92,8 +92,7 @@ class Expressions:
         elements, count, _ = listing(networks, family.version)
         if count <= LONG:
             return elements if count == 1 else f"{{ {elements} }}"
-        kind = "ipv4_addr" if family is Family.IPV4 else "ipv6_addr"
-        name = name_of(number, side, family)
+        name, kind = name_of(number, side, family), SHARED[f"{IP[family]} {side}"]
         self.sets[name] = (
             f"set {name} {{ type {kind}; flags interval; auto-merge; elements = {{ {elements} }}; }}"
         )

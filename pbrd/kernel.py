@@ -294,8 +294,11 @@ class Kernel:
         else:  # error routes lie on lo
             auto = {u.interface for u in self.uplinks.values() if u.gateway6 is GatewayMode.AUTO}
             for index in (index for index, name in names.items() if name in auto | {"lo"}):
-                with suppress(KernelError):  # the interface may be gone already: its event follows
+                try:
                     messages += self.requests.dump(rtnetlink.route_dump(family, MAIN_TABLE, interface=index))
+                except KernelError as error:
+                    if error.errno != errno.ENODEV:  # gone already: its event follows
+                        raise
         self.dead_ends[family] = next(filter(None, map(rtnetlink.error_default_of, messages)), "")
         found = (route for m in messages if m[17] == 0 for route in rtnetlink.defaults_of(m, names))
         self.defaults[family] = tuple(route for route in found if route.interface in self.uplinks)

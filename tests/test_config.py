@@ -743,6 +743,22 @@ def test_slips_of_syntax_come_with_a_remedy(text: str, place: str, remedy: str) 
     assert remedy in problem
 
 
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [("/dev/stdin", "nets"), ("/dev/fd/63", "nets"), ("/etc/pbrd/a.toml", "/etc/pbrd/nets")],
+)
+def test_relative_paths_of_a_pipe_begin_in_the_working_directory(file: str, found: str) -> None:
+    asked: list[str] = []
+
+    def read(path: str) -> str:
+        asked.append(path)
+        return "10.0.0.0/8"
+
+    text = UPLINKS + "[[policies]]\nname = 'p'\nvia = 'fiber'\nmatch.from_file = 'nets'"
+    parse([(file, text)], read_text=read)
+    assert asked == [found]
+
+
 def test_a_port_is_rather_one_of_the_other_side() -> None:
     found = problems(
         UPLINKS + "[[policies]]\nname = 'p'\nvia = 'fiber'\nmatch = { proto = 'tcp', port = 443 }"
